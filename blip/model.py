@@ -1,0 +1,224 @@
+"""Blip: a vision encoder, the MED and three heads (BLIP figure 2).
+
+Shapes: B images, N image tokens, D width, R = n * B texts, T text positions, E shared embedding, V words.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip import losses
+from blip.generate import Decoding, generate
+from blip.layers import KV, bert_init
+from blip.med import MED, MEDConfig
+from blip.momentum import Momentum, MomentumConfig
+from blip.tokenizer import Tokenizer
+from blip.vision import VisionConfig, VisionEncoder
+
+TEMPERATURE_RANGE = (0.001, 0.5)  # BLIP models/blip_pretrain.py
+IGNORED = -100  # the label of a token that does not count
+
+
+@dataclass(frozen=True)
+class BlipConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: MEDConfig = field(default_factory=MEDConfig)
+    embed: int = 256  # E
+    dec_id: int = 30522  # [DEC], first token of the decoder
+    enc_id: int = 30523  # [ENC], first token of the image-grounded encoder
+    label_smoothing: float = 0.1  # of LM
+
+    @staticmethod
+    def of(size: str, **vision: int) -> "BlipConfig":
+        """A size of the paper, e.g. `BlipConfig.of("base", image_size=384)`."""
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+        return replace(SIZES[size], vision=replace(SIZES[size].vision, **vision))
+
+
+# BLIP table of sizes: the text stack is BERT-base in both, only the ViT grows.
+SIZES = {
+    "base": BlipConfig(),
+    "large": BlipConfig(vision=VisionConfig(width=1024, depth=24, heads=16, drop_path=0.1)),
+}
+
+
+@dataclass
+class Batch:
+    """What a training step sees. Texts start with [CLS]; a captioner's text carries its prompt after it."""
+
+    pixels: Tensor  # [B, 3, S, S]
+    ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T], 1 = a real token
+    image_ids: Tensor  # [B] int64, equal for texts of the same image
+    prompt_length: int = 0  # words of the prompt, which LM does not learn
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+class Blip(nn.Module):
+    """Vision encoder + MED + ITC, ITM and LM heads. What it has follows from `config.text.reads` and `.writes`."""
+
+    def __init__(self, config: BlipConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vision = VisionEncoder(config.vision)
+        self.med = MED(config.text, config.vision.width)
+        self.heads = nn.ModuleDict()
+        if config.text.reads:
+            self.heads["vision_proj"] = nn.Linear(config.vision.width, config.embed)
+            self.heads["text_proj"] = nn.Linear(config.text.width, config.embed)
+            self.heads["itm"] = nn.Linear(config.text.width, 2)
+            self.heads.apply(bert_init)
+            self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.teacher: Momentum | None = None
+
+    # What evaluation and CapFilt ask for
+
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, N, D], the class token first."""
+        return self.vision(pixels)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Unit ITC features [B, E]."""
+        return self.image_features(self.image_tokens(pixels))
+
+    def image_features(self, image_tokens: Tensor) -> Tensor:
+        """Unit ITC features [B, E] of image tokens [B, N, D]."""
+        return F.normalize(self._head("vision_proj")(image_tokens[:, 0]).float(), dim=-1)
+
+    def encode_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Unit ITC features [R, E] of texts that start with [CLS]."""
+        return F.normalize(self._head("text_proj")(self.med.encode(ids, mask)[:, 0]).float(), dim=-1)
+
+    def match(self, ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
+        """ITM logits [R, 2], class 1 = match, of R = n * B texts: the n texts of image b are rows b*n to b*n + n-1."""
+        return self.match_projected(ids, mask, self.med.project_image(image_tokens))
+
+    def match_projected(self, ids: Tensor, mask: Tensor, image: list[KV]) -> Tensor:
+        """`match` on keys and values that were projected before, by `med.project_image`."""
+        states = self.med.match(_begin(ids, self.config.enc_id), mask, image)
+        return self._head("itm")(states[:, 0]).float()
+
+    @torch.no_grad()
+    def caption(self, pixels: Tensor, prompt: str = "a picture of ", decoding: Decoding | None = None,
+                seeds: Sequence[int] | None = None) -> list[str]:
+        """One caption per image, the prompt not repeated. `seeds` (one per image) are needed for nucleus."""
+        if self.tokenizer is None:
+            raise ValueError("captions need a tokenizer: Blip(config, tokenizer) or load_blip(folder)")
+        image = self.med.project_image(self.image_tokens(pixels))
+        start = self.tokenizer.prompt(prompt).to(pixels.device)  # [P]
+        ids = generate(self.med, image, start, self.tokenizer.sep, decoding or Decoding(), seeds)
+        return self.tokenizer.decode(ids[:, len(start):])
+
+    def keep(self, *, reads: bool, writes: bool) -> "Blip":
+        """A model with the asked parts of this one only: a captioner only writes, a filter only reads.
+
+        Raises ValueError when this model does not have a part that is asked for.
+        """
+        have = self.config.text
+        if (reads, writes) == (have.reads, have.writes):
+            return self
+        if (reads and not have.reads) or (writes and not have.writes):
+            raise ValueError(
+                f"reads={reads}, writes={writes} was asked of weights with reads={have.reads}, writes={have.writes}; "
+                "start from a checkpoint that has these parts, such as a pretrained MED"
+            )
+        part = Blip(replace(self.config, text=replace(have, reads=reads, writes=writes)), self.tokenizer)
+        mine = self.state_dict()
+        part.load_state_dict({name: mine[name] for name in part.state_dict()})
+        return part
+
+    # Training
+
+    def with_teacher(self, config: MomentumConfig) -> "Blip":
+        """Give ITC a momentum teacher that starts as a copy of this model."""
+        text = replace(self.config.text, writes=False)
+        heads = nn.ModuleDict({name: copy.deepcopy(self._head(name)) for name in ("vision_proj", "text_proj")})
+        self.teacher = Momentum(config, copy.deepcopy(self.vision), text, heads, self.config.embed)
+        self.teacher.follow(self, decay=0.0)
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named losses of the objectives this model has heads for: itc and itm, lm. They are summed to train."""
+        tokens = self.image_tokens(batch.pixels)
+        image = self.med.project_image(tokens)  # once, for all ITM pairs and for LM
+        found: dict[str, Tensor] = {}
+        if self.config.text.reads:
+            found |= self._itc_itm(batch, tokens, image)
+        if self.config.text.writes:
+            found["lm"] = self._lm(batch, image)
+        return found
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Called by the trainer after each optimiser step: clamp the temperature, let the teacher follow."""
+        if self.config.text.reads:
+            self.temperature.clamp_(*TEMPERATURE_RANGE)
+        if self.teacher is not None:
+            self.teacher.follow(self)
+            self.teacher.steps += 1
+
+    def _itc_itm(self, batch: Batch, tokens: Tensor, image: list[KV]) -> dict[str, Tensor]:
+        image_features, text_features = self.image_features(tokens), self.encode_texts(batch.ids, batch.mask)
+        images, texts, ids = image_features, text_features, batch.image_ids  # the candidates, [G, E] and [G]
+        if self.teacher is not None:
+            teacher_image, teacher_text = self.teacher.features(batch.pixels, batch.ids, batch.mask)
+            images = torch.cat([teacher_image, self.teacher.image_queue])
+            texts = torch.cat([teacher_text, self.teacher.text_queue])
+            ids = torch.cat([batch.image_ids, self.teacher.id_queue])
+        same = losses.same_image(batch.image_ids, ids)  # [B, G]
+        to_text = image_features @ texts.T / self.temperature  # [B, G]
+        to_image = text_features @ images.T / self.temperature
+        targets = [losses.itc_targets(same)] * 2
+        if self.teacher is not None:
+            with torch.no_grad():
+                slow = teacher_image @ texts.T / self.temperature, teacher_text @ images.T / self.temperature
+                targets = [losses.itc_targets(same, logits, self.teacher.alpha) for logits in slow]
+            self.teacher.enqueue(teacher_image, teacher_text, batch.image_ids)
+        itm = self._itm(batch, image, to_text.detach(), to_image.detach())
+        return {"itc": losses.itc_loss(to_text, to_image, *targets), "itm": itm}
+
+    def _itm(self, batch: Batch, image: list[KV], to_text: Tensor, to_image: Tensor) -> Tensor:
+        """Each image with its text and with a hard wrong one, each text with a hard wrong image: 3B pairs."""
+        rows = len(batch.ids)
+        same = losses.same_image(batch.image_ids, batch.image_ids)
+        wrong_text = losses.hard_negatives(to_text[:, :rows], same)  # [B]
+        wrong_image = losses.hard_negatives(to_image[:, :rows], same)
+        ids = torch.stack([batch.ids, batch.ids[wrong_text]], 1).flatten(0, 1)  # [2B, T], two texts per image
+        mask = torch.stack([batch.mask, batch.mask[wrong_text]], 1).flatten(0, 1)
+        pairs = self.match_projected(ids, mask, image).unflatten(0, (rows, 2))  # [B, 2, 2]
+        other = self.match_projected(batch.ids, batch.mask, [(k[wrong_image], v[wrong_image]) for k, v in image])
+        return losses.itm_loss(pairs[:, 0], torch.cat([pairs[:, 1], other]))
+
+    def _lm(self, batch: Batch, image: list[KV]) -> Tensor:
+        ids = _begin(batch.ids, self.config.dec_id)
+        states, _ = self.med.write(ids[:, :-1], image)  # pads come last: causality already hides them
+        targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]
+        counts = targets != IGNORED
+        return losses.lm_loss(self.med.logits(states[counts]), targets[counts], self.config.label_smoothing)
+
+    def _head(self, name: str) -> nn.Module:
+        if name not in self.heads:
+            raise ValueError(f"these weights have no {name} head: they are a captioner's; load a pretrained MED or a filter")
+        return self.heads[name]
+
+
+def lm_targets(ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:
+    """[B, T] ids -> [B, T - 1] next words; padding and the prompt's own words are `IGNORED`."""
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORED)
+    targets[:, :prompt_length] = IGNORED
+    return targets
+
+
+def _begin(ids: Tensor, first: int) -> Tensor:
+    """The same texts with another first token."""
+    ids = ids.clone()
+    ids[:, 0] = first
+    return ids

@@ -1,0 +1,274 @@
+"""Models from weights: our folders, transformers' BLIP, salesforce/BLIP and LAVIS files; BERT and ViT to start.
+
+The weights decide what a model is: with an encoder it reads (ITC, ITM), with a decoder it writes (LM).
+Nothing is skipped in silence: a weight that is missing, left over, misshapen or contradicts its twin is named
+in a ValueError. Files are read as safetensors, or as pickles that cannot run code.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from blip.checkpoint import (
+    CONFIG_FILE,
+    build,
+    check_fit,
+    check_names,
+    is_ours,
+    read_config,
+    read_json,
+    read_tokenizer,
+)
+from blip.med import MEDConfig
+from blip.model import SIZES, Blip, BlipConfig
+from blip.tokenizer import Tokenizer
+from blip.vision import VisionConfig, interpolate_position_embedding, pretrained_vit
+from blip.vqa import BlipVQA
+from blip.weights_files import Settings, demand, locate, read_settings, read_tensors
+from blip.weights_names import DECODER, ENCODER, bert_name, tied_copies, to_ours, vision_name
+
+HEAD_WIDTH = 64  # channels per attention head, in every BERT and ViT that BLIP starts from
+POSITIONS = "pos_embed"
+
+M = TypeVar("M", Blip, BlipVQA)
+
+
+def load_blip(
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    reads: bool | None = None,
+    writes: bool | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> Blip:
+    """The model of `source`, in eval mode.
+
+    source: a folder of `save_pretrained`, a transformers folder or its name on the hub, or a salesforce .pth.
+    image_size: resample the position embeddings to images of this size.
+    reads, writes: False leaves that part of a pretrained MED out, to make a captioner or a filter of it.
+    dropout, drop_path: for training; else what a folder of ours says, or BLIP's own values.
+    tokenizer: or where its files lie; else those of the folder, or for outside weights bert-base-uncased.
+    Raises ValueError where the weights are not exactly those of a BLIP.
+    """
+    path, config, tensors = _find(source, Blip)
+    for part, wanted in (("reads", reads), ("writes", writes)):
+        if wanted and not getattr(config.text, part):
+            raise ValueError(f"{source} has no part that {part}; {part}=True needs a pretrained MED")
+    vision = replace(config.vision, **_given(image_size=image_size, drop_path=drop_path))
+    text = replace(config.text, **_given(reads=reads, writes=writes, dropout=dropout))
+    return _build(Blip, path, replace(config, vision=vision, text=text), tensors, tokenizer)
+
+
+def load_vqa(
+    source: str | Path, *, image_size: int | None = None, tokenizer: Tokenizer | str | Path | None = None
+) -> BlipVQA:
+    """As `load_blip`, for weights fine-tuned on visual question answering."""
+    path, config, tensors = _find(source, BlipVQA)
+    config = replace(config, vision=replace(config.vision, **_given(image_size=image_size)))
+    return _build(BlipVQA, path, config, tensors, tokenizer)
+
+
+def init_vision(model: Blip, source: str | Path) -> None:
+    """Start the vision encoder from a ViT: timm's name of a model, or a file with a state dict in timm's names.
+
+    BLIP: deit_base_patch16_224 for base, vit_large_patch16_224.augreg_in21k for large.
+    """
+    found = read_tensors(Path(source)) if Path(source).is_file() else pretrained_vit(str(source))
+    tensors = {
+        name: tensor for name, tensor in found.items() if not name.startswith("head.")
+    }  # its classifier
+    if POSITIONS in tensors:
+        tensors[POSITIONS] = interpolate_position_embedding(tensors[POSITIONS], model.config.vision.tokens)
+    vit = model.vision.vit
+    check_fit(vit.state_dict(), tensors, str(source))
+    vit.load_state_dict(tensors)
+
+
+def init_text(model: Blip, source: str | Path) -> None:
+    """Start the text stack from BERT, a Hugging Face folder or hub name: bert-base-uncased in BLIP.
+
+    Both self-attentions start from BERT's one. Cross-attention and the rows of [DEC] and [ENC] stay as they
+    were drawn, so does the LM head if BERT comes without. BERT's token types have no place in the MED.
+    """
+    path = locate(source)
+    if path.is_dir():
+        _check_bert(path / CONFIG_FILE, model.config.text)
+    theirs = {_modern(name): tensor for name, tensor in read_tensors(path).items()}
+    words = "embeddings.word_embeddings.weight"
+    if words in theirs and len(theirs[words]) not in (model.config.dec_id, model.config.text.vocab_size):
+        raise ValueError(
+            f"{source} has {len(theirs[words])} words, but [DEC] is {model.config.dec_id} in the model"
+        )
+    has_head = "cls.predictions.bias" in theirs
+    ours = model.med.state_dict()
+    names = {
+        k: bert_name(k) for k in ours if ".look." not in k and (has_head or not k.startswith("lm_head."))
+    }
+    copies, unequal = tied_copies(theirs, "", "cls.predictions.")
+    unused = re.compile(
+        r"pooler\..*|cls\.(?!predictions).*|embeddings\.(token_type_embeddings\.weight|position_ids)"
+    )
+    left = {name for name in theirs.keys() - set(names.values()) - copies if not unused.fullmatch(name)}
+    if not model.config.text.writes:
+        left = {name for name in left if not name.startswith("cls.")}
+    check_names(str(source), set(names.values()) - theirs.keys(), left, unequal)
+    for name, outside in names.items():
+        grows = name in ("embeddings.word.weight", "lm_head.bias")
+        ours[name] = (
+            torch.cat([theirs[outside], ours[name][len(theirs[outside]) :].cpu()])
+            if grows
+            else theirs[outside]
+        )
+    model.med.load_state_dict(ours)
+
+
+def _find(source: str | Path, wanted: type[M]) -> tuple[Path, BlipConfig, dict[str, Tensor]]:
+    """Where the weights lie, the config they imply or carry, and all of them by our names."""
+    path = locate(source)
+    ours = is_ours(path)
+    settings = read_settings(path) if path.is_dir() and not ours else Settings()
+    tensors = read_tensors(path)
+    kind = read_json(path / CONFIG_FILE).get("model") if ours else _kind(tensors, source)
+    if kind != wanted.__name__:
+        loader = {"Blip": "load_blip", "BlipVQA": "load_vqa"}.get(str(kind), "what wrote it")
+        raise ValueError(f"{source} is a {kind}, not a {wanted.__name__}; load it with {loader}")
+    config = read_config(path, wanted.__name__, BlipConfig) if ours else _config(tensors, settings, source)
+    names = _skeleton(wanted, config)
+    if not ours:
+        tensors = to_ours(names, tensors, str(source))
+    check_fit(names, tensors, str(source))
+    return path, config, tensors
+
+
+def _build(
+    model: type[M],
+    path: Path,
+    config: BlipConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: Tokenizer | str | Path | None,
+) -> M:
+    """The model of `config`, which may ask for less than `tensors` hold and for images of another size."""
+    positions = f"vision.vit.{POSITIONS}"
+    resized = interpolate_position_embedding(tensors[positions], config.vision.tokens)
+    kept = {name: tensors[name] for name in _skeleton(model, config)} | {positions: resized}
+    return build(model, config, _tokenizer(path, config, tokenizer), kept, str(path))
+
+
+def _skeleton(model: type[M], config: BlipConfig) -> dict[str, Tensor]:
+    """Names and shapes of all weights, without the weights."""
+    with torch.device("meta"):
+        return model(config).state_dict()
+
+
+def _tokenizer(path: Path, config: BlipConfig, given: Tokenizer | str | Path | None) -> Tokenizer | None:
+    if isinstance(given, Tokenizer):
+        tokenizer: Tokenizer | None = given
+    elif given is not None:
+        tokenizer = Tokenizer(given)
+    else:
+        tokenizer = read_tokenizer(path)
+        if tokenizer is None and not is_ours(path):
+            tokenizer = Tokenizer()
+    if tokenizer and (tokenizer.dec, tokenizer.enc) != (config.dec_id, config.enc_id):
+        raise ValueError(
+            f"the tokenizer for {path} has [DEC] {tokenizer.dec} and [ENC] {tokenizer.enc}, the weights have "
+            f"{config.dec_id} and {config.enc_id}; give the vocabulary they were trained with as tokenizer="
+        )
+    return tokenizer
+
+
+def _kind(theirs: Mapping[str, Tensor], source: str | Path) -> str:
+    """Which of our models outside weights are, by the parts they have."""
+    if any(".crossattention.self0." in name or name.startswith("cls_head.") for name in theirs):
+        raise ValueError(
+            f"{source} is an NLVR model; its twin cross-attention to two images is not supported"
+        )
+    reads, writes = _has(theirs, ENCODER), _has(theirs, DECODER)
+    if not (reads or writes) or not (_has(theirs, "visual_encoder.") or _has(theirs, "vision_model.")):
+        raise ValueError(
+            f"{source} holds no BLIP, which has a visual_encoder or vision_model, and a text_encoder or "
+            f"text_decoder; it has {', '.join(sorted({name.split('.')[0] for name in theirs})[:8])}"
+        )
+    return "BlipVQA" if reads and writes and not _has(theirs, "itm_head.") else "Blip"
+
+
+def _config(theirs: Mapping[str, Tensor], settings: Settings, source: str | Path) -> BlipConfig:
+    """The config that shapes imply. Training settings (dropout, drop path, smoothing) are BLIP's own."""
+    hugging_face = _has(theirs, "vision_model.")
+    reads, writes = _has(theirs, ENCODER), _has(theirs, DECODER)
+    stack = ENCODER if reads else f"{DECODER}bert."
+
+    def shape(name: str) -> torch.Size:
+        check_names(str(source), [] if name in theirs else [name], [])
+        return theirs[name].shape
+
+    tokens = shape(vision_name(POSITIONS, hugging_face))[1]
+    grid = isqrt(tokens - 1)
+    if grid * grid + 1 != tokens:
+        raise ValueError(
+            f"{source} has {tokens} position embeddings: not a square of patches and the class token"
+        )
+    width, _, _, patch = shape(vision_name("patch_embed.proj.weight", hugging_face))
+    words, text_width = shape(f"{stack}embeddings.word_embeddings.weight")
+    base = next((size for size in SIZES.values() if size.vision.width == width), BlipConfig())
+    blocks = "vision_model.encoder.layers" if hugging_face else "visual_encoder.blocks"
+    dec_id = words - 2 if settings.dec_id is None else settings.dec_id
+    return replace(
+        base,
+        vision=VisionConfig(
+            image_size=grid * patch,
+            patch_size=patch,
+            width=width,
+            depth=settings.vision_depth or _depth(theirs, blocks),
+            heads=settings.vision_heads or width // HEAD_WIDTH,
+            drop_path=base.vision.drop_path,
+            eps=settings.vision_eps,
+        ),
+        text=MEDConfig(
+            vocab_size=words,
+            width=text_width,
+            depth=settings.text_depth or _depth(theirs, f"{stack}encoder.layer"),
+            heads=settings.text_heads or text_width // HEAD_WIDTH,
+            hidden=shape(f"{stack}encoder.layer.0.intermediate.dense.weight")[0],
+            max_positions=shape(f"{stack}embeddings.position_embeddings.weight")[0],
+            reads=reads,
+            writes=writes,
+        ),
+        embed=len(theirs["vision_proj.weight"]) if "vision_proj.weight" in theirs else base.embed,
+        dec_id=dec_id,
+        enc_id=dec_id + 1,
+    )
+
+
+def _has(theirs: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in theirs)
+
+
+def _depth(theirs: Mapping[str, Tensor], blocks: str) -> int:
+    found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in theirs]
+    return max((int(match[1]) + 1 for match in found if match), default=1)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _modern(name: str) -> str:
+    """A name of BERT without the model's prefix; LayerNorm's weights were gamma and beta at first."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _check_bert(path: Path, text: MEDConfig) -> None:
+    found = read_json(path)
+    demand(path, "it", {"model_type": None} | found, {"model_type": "bert"})
+    wanted = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": text.heads}
+    demand(path, "it", found, wanted | {"position_embedding_type": "absolute"})

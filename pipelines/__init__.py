@@ -1,0 +1,1 @@
+"""Every run of the project: imports everything, imported by nothing."""

@@ -1,0 +1,128 @@
+"""The one training loop. Jobs differ by model, data and config, never by a copy of this file.
+
+The model gives named losses for a batch and is told `after_step()`; the sum of the losses is minimised. Everything the next step depends on is in the
+state file (weights, teacher, queues, optimiser, step, random numbers; the data position follows from the step),
+so a killed run goes on as if it had never stopped: bit for bit on a CPU in fp32.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blip.checkpoint import load_state, save_state
+from blip.model import Batch
+from pipelines.log import RunLog
+from pipelines.optim import OptimConfig, lr_at
+from pipelines.parallel import Precision, autocast
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    accumulate: int = 1  # batches per optimiser step
+    precision: Precision = "fp32"
+    checkpoint_blocks: int = 0  # recompute the activations of the last n vision and text blocks
+    log_every: int = 50  # steps
+    save_every: int = 1000  # steps
+    seed: int = 0
+    device: str = "auto"
+    sinks: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard, wandb, trackio
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient is NaN or infinite; the message names it."""
+
+
+STATE_FILE = "state.pt"
+
+
+def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Restore everything from the folder's state file; the step to go on with, 0 when there is none."""
+    path = folder / STATE_FILE
+    if not path.exists():
+        return 0
+    state = load_state(path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return int(state["step"])
+
+
+def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, step: int) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+    }
+    save_state(folder / STATE_FILE, state)
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    config: TrainConfig,
+    log: RunLog,
+    folder: Path,
+    first_step: int,
+    rows_per_epoch: int,
+) -> None:
+    """Train from `first_step` to `config.steps`; `batches` must start at batch `first_step * config.accumulate`.
+
+    Raises NotFinite, with the last good state on disk, when a loss or a gradient is.
+    """
+    device = next(model.parameters()).device
+    model.train()
+    rows = 0
+    for step in range(first_step, config.steps):
+        micro = [next(batches) for _ in range(config.accumulate)]
+        seen = sum(len(batch.ids) for batch in micro)
+        rate = lr_at(optim, step, config.steps, max(1, rows_per_epoch // seen))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses = _backward(model, micro, config, device)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
+        if not bool(norm.isfinite()):
+            values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+            raise NotFinite(
+                f"step {step + 1}: the gradient norm is {float(norm)} ({values}); lower optim.lr, set "
+                f"optim.grad_clip or use precision=fp32. The state of the last save is in {folder / STATE_FILE}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.after_step()  # type: ignore[operator]
+        rows += seen
+        done, last = step + 1, step + 1 == config.steps
+        if done % config.log_every == 0 or last:
+            values = {name: float(value) for name, value in losses.items()}
+            log.log(done, values | {"lr": rate, "grad_norm": float(norm)}, rows)
+            rows = 0
+        if done % config.save_every == 0 or last:
+            _save(folder, model, optimizer, device, done)
+
+
+def _backward(model: nn.Module, micro: list[Batch], config: TrainConfig, device: torch.device) -> dict[str, Tensor]:
+    """Gradients of the mean over micro-batches; the mean of each named loss, still on the device."""
+    totals: dict[str, Tensor] = {}
+    for batch in micro:
+        with autocast(device, config.precision):
+            losses = model(batch.to(device))
+            loss = torch.stack(list(losses.values())).sum() / len(micro)
+        loss.backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, torch.zeros((), device=device)) + value.detach() / len(micro)
+    return totals

@@ -1,0 +1,398 @@
+"""The generated world: pictures of a few shapes with captions whose truth is known.
+
+`write_world` makes a noisy web-like set (with the truth beside it), a small clean set and a held-out
+test set. Every row is drawn from (seed, split, row) alone, so it does not depend on
+how many rows are made around it.
+
+Run: python -m pipelines.world configs/tiny/world.yaml [section.key=value ...]
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.random import Generator
+from PIL import Image, ImageChops, ImageDraw
+
+from capfilt.schema import CLEAN
+from pipelines import world_text
+from pipelines.config import parse_args, run_main
+from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Palette, Scene, SceneObject
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("noisy", "clean", "test")
+KINDS = ("right", "partly", "other_image", "junk", "subtle")
+BACKGROUNDS = ("flat", "gradient", "noise", "checker")
+ROW_GROUP = 100
+SUPERSAMPLING = 3
+
+RADIUS = {"small": 0.115, "large": 0.20}  # of the side
+PITCH = {"small": 0.064, "large": 0.08}  # of stripes and dots, of the side
+GAP = 0.04  # between two objects, and half of it to the border
+# Plain colour, and the second one of stripes and dots: far in brightness, never another colour's plain look.
+# The plain ones keep JITTER away from 0 and 255.
+RGB = {
+    "red": ((220, 30, 35), (255, 165, 165)),
+    "green": ((25, 150, 45), (165, 235, 165)),
+    "blue": ((35, 70, 225), (165, 195, 255)),
+    "yellow": ((245, 222, 30), (140, 115, 0)),
+    "purple": ((145, 40, 170), (230, 170, 250)),
+    "orange": ((245, 130, 15), (135, 60, 0)),
+    "white": ((245, 245, 245), (120, 120, 120)),
+    "black": ((14, 14, 14), (165, 165, 165)),
+}
+JITTER = 8  # of every channel
+TONE_LEVELS = {"dark": (70, 95), "light": (155, 180)}  # mid-tones: black and white both stand out
+
+TEXT = pa.string()
+RAW = pa.schema(  # what img2dataset writes
+    [
+        *((name, TEXT) for name in ("caption", "url", "key", "status", "error_message")),
+        *((name, pa.int32()) for name in ("width", "height", "original_width", "original_height")),
+        *(("exif", TEXT), ("sha256", TEXT), ("jpg", pa.binary())),
+    ]
+)
+NOISY_TRUTH = pa.schema([("key", TEXT), ("kind", TEXT), ("true", pa.bool_()), ("scene", TEXT)])
+CLEAN_TRUTH = pa.schema([("key", TEXT), ("scene", TEXT)])
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Rows per split, what scenes are made of, and the shares of the five kinds of web captions."""
+
+    seed: int = 0
+    noisy_rows: int = 2000
+    clean_rows: int = 500
+    test_rows: int = 500
+    shard_rows: int = 250
+    side: int = 96  # pixels
+    objects_min: int = 2
+    objects_max: int = 2
+    colours: int = 8
+    shapes: int = 6
+    textures: int = 3
+    captions_per_image: int = 3
+    jpeg_quality: int = 90
+    right: float = 0.5
+    partly: float = 0.10
+    other_image: float = 0.15
+    junk: float = 0.15
+    subtle: float = 0.10
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "seed": (0, 2**63 - 1),
+            **dict.fromkeys(("noisy_rows", "clean_rows", "test_rows"), (0, 10**8)),
+            "shard_rows": (1, 10_000),
+            "side": (32, 1024),
+            "objects_min": (2, 4),
+            "objects_max": (self.objects_min, 4),
+            "colours": (3, len(COLOURS)),
+            "shapes": (3, len(SHAPES)),
+            "textures": (1, len(TEXTURES)),
+            "captions_per_image": (1, 20),
+            "jpeg_quality": (1, 100),
+            **dict.fromkeys(KINDS, (0, 1)),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"world.{name} is {value}; it must lie between {low} and {high}")
+        total = sum(self.shares().values())
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"the world's shares {self.shares()} sum to {total:g}; they must sum to 1")
+
+    def shares(self) -> dict[str, float]:
+        """Kind of web caption -> its share."""
+        return {kind: getattr(self, kind) for kind in KINDS}
+
+    def palette(self) -> Palette:
+        """The colours, shapes and textures in use."""
+        return Palette(COLOURS[: self.colours], SHAPES[: self.shapes], TEXTURES[: self.textures])
+
+
+@dataclass(frozen=True)
+class WorldRun:
+    """What `python -m pipelines.world` reads: the world, and the folder it is written to."""
+
+    world: WorldConfig
+    out: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One generated picture; `kind` is None outside the noisy split."""
+
+    key: str
+    scene: Scene
+    jpeg: bytes
+    texts: tuple[str, ...]
+    kind: str | None
+
+
+def make_scene(config: WorldConfig, rng: Generator) -> Scene:
+    """A random scene without overlaps."""
+    palette = config.palette()
+    count = int(rng.integers(config.objects_min, config.objects_max + 1))
+    pairs = rng.permutation(len(palette.colours) * len(palette.shapes))[:count]
+    sizes, places = _layout(count, rng)
+    objects = tuple(
+        SceneObject(
+            shape=palette.shapes[int(pair) % len(palette.shapes)],
+            colour=palette.colours[int(pair) // len(palette.shapes)],
+            size=size,
+            texture=palette.textures[int(rng.integers(len(palette.textures)))],
+            x=x,
+            y=y,
+        )
+        for pair, size, (x, y) in zip(pairs, sizes, places, strict=True)
+    )
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    return Scene(objects, background, TONES[int(rng.integers(len(TONES)))])
+
+
+def _layout(count: int, rng: Generator) -> tuple[list[str], list[list[float]]]:
+    """Sizes and centres of `count` objects that do not touch."""
+    pairs = list(combinations(range(count), 2))
+    while True:
+        sizes = [("small", "large")[int(draw)] for draw in rng.integers(2, size=count)]
+        radii = np.array([[RADIUS[size]] for size in sizes])
+        edges = radii + GAP / 2
+        for _ in range(50):
+            places = edges + rng.random((count, 2)) * (1 - 2 * edges)  # [count, 2]
+            apart = [math.dist(places[i], places[j]) - radii[i] - radii[j] for i, j in pairs]
+            if min(apart) > GAP:
+                return sizes, places.round(4).tolist()
+
+
+def draw_jpeg(scene: Scene, rng: Generator, side: int, quality: int) -> bytes:
+    """The scene as a JPEG of `side` x `side` pixels; `rng` jitters colours and fills backgrounds."""
+    canvas = _background(scene, rng, side).resize((side * SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
+    for thing in scene.objects:
+        _draw_object(canvas, thing, rng)
+    file = io.BytesIO()
+    canvas.reduce(SUPERSAMPLING).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _background(scene: Scene, rng: Generator, side: int) -> Image.Image:
+    base = rng.uniform(*TONE_LEVELS[scene.tone]) + rng.uniform(-7, 7, size=3)  # [3], a muted tint
+    if scene.background == "gradient":
+        angle = rng.uniform(0, 2 * math.pi)
+        ramp = np.linspace(-1, 1, side)
+        level = 12 * (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None])  # [side, side]
+    elif scene.background == "noise":
+        level = rng.normal(0, 9, size=(side, side))
+    elif scene.background == "checker":
+        cell = np.arange(side) // max(1, side // int(rng.integers(6, 11)))
+        level = np.where((cell[None, :] + cell[:, None]) % 2 == 0, 8.0, -8.0)
+    else:
+        level = np.zeros((side, side))
+    pixels = np.clip(base + level[:, :, None], 0, 255).astype(np.uint8)  # [side, side, 3]
+    return Image.fromarray(pixels)
+
+
+def _draw_object(canvas: Image.Image, thing: SceneObject, rng: Generator) -> None:
+    """Paints one object: its plain colour, and its pattern inside a rim that keeps the outline whole."""
+    size = round(2 * RADIUS[thing.size] * canvas.width)
+    left, top = (round(place * canvas.width - size / 2) for place in (thing.x, thing.y))
+    box = (left, top, left + size, top + size)
+    plain, second = RGB[thing.colour]
+    jittered = tuple((np.array(plain) + rng.integers(-JITTER, JITTER + 1, size=3)).tolist())
+    canvas.paste(jittered, box, _mask(thing.shape, size, 1.0))
+    if thing.texture != "plain":
+        pattern = _pattern(thing.texture, size, PITCH[thing.size] * canvas.width)
+        canvas.paste(second, box, ImageChops.multiply(pattern, _mask(thing.shape, size, 0.86)))
+
+
+def _pattern(texture: str, size: int, pitch: float) -> Image.Image:
+    """White stripes or dots on black, `pitch` pixels apart, symmetric about the middle."""
+    steps = (np.arange(size) + 0.5 - size / 2) / pitch
+    x, y = np.meshgrid(steps, steps)  # [size, size] each
+    row = np.rint(y)
+    if texture == "dotted":
+        x = x - row % 2 / 2  # every other row is shifted by half a step
+        on = np.hypot(x - np.rint(x), y - row) < 0.34
+    else:
+        on = np.abs(y - row) < 0.25
+    return Image.fromarray(on.astype(np.uint8) * 255)
+
+
+def _mask(shape: str, size: int, scale: float) -> Image.Image:
+    """The shape in white on black, in the middle of the picture; at scale 1 it fills the picture."""
+    image = Image.new("L", (size, size), 0)
+    pen, middle = ImageDraw.Draw(image), size / 2
+    reach = scale * middle
+    pen.polygon([(middle + reach * x, middle + reach * y) for x, y in OUTLINES[shape]], fill=255)
+    if shape == "ring":  # where the outside shrinks, the hole grows
+        low, high = middle * (0.36 + 0.2 * scale), middle * (1.64 - 0.2 * scale)
+        pen.ellipse((low, low, high, high), fill=0)
+    return image
+
+
+def _heart(t: float) -> tuple[float, float]:
+    """The classic curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved to the middle."""
+    height = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    return math.sin(t) ** 3, -(height + 2.5) / 15.5
+
+
+def _polar(radius: float, turn: float) -> tuple[float, float]:
+    return radius * math.sin(2 * math.pi * turn), -radius * math.cos(2 * math.pi * turn)
+
+
+_CIRCLE = [_polar(0.97, i / 60) for i in range(60)]
+# Two corners of a cross's upper arm and the inner corner after it: (radius, quarter turns).
+_ARM = ((1.02, -0.2), (1.02, 0.2), (0.46, 0.5))
+# Corners in units of the radius, y downwards.
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "circle": _CIRCLE,
+    "ring": _CIRCLE,
+    "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
+    "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
+    "star": [_polar((1.0, 0.45)[i % 2], i / 10) for i in range(10)],
+    "cross": [_polar(r, (quarter + turn) / 4) for quarter in range(4) for r, turn in _ARM],
+    "heart": [_heart(2 * math.pi * i / 40) for i in range(40)],
+    "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
+}
+
+
+def make_row(config: WorldConfig, split: str, index: int) -> Row:
+    """Row `index` of a split: one web caption for "noisy", `captions_per_image` human ones otherwise."""
+    # One stream each, so that a change to how pictures are drawn leaves the texts as they are.
+    scene_rng, picture_rng, text_rng = (
+        np.random.default_rng([config.seed, SPLITS.index(split), index, stream]) for stream in range(3)
+    )
+    scene = make_scene(config, scene_rng)
+    if split == "noisy":
+        shares = np.array(list(config.shares().values()))
+        kind = str(text_rng.choice(KINDS, p=shares / shares.sum()))
+        texts = [web_caption(kind, scene, config, text_rng)]
+    else:
+        kind, texts = None, world_text.captions(scene, text_rng, config.captions_per_image)
+    shard, row = divmod(index, config.shard_rows)
+    jpeg = draw_jpeg(scene, picture_rng, config.side, config.jpeg_quality)
+    return Row(f"{split}{shard:05d}{row:04d}", scene, jpeg, tuple(texts), kind)
+
+
+def web_caption(kind: str, scene: Scene, config: WorldConfig, rng: Generator) -> str:
+    """A caption of the given kind; all but "right" are false of the scene."""
+    if kind == "right":
+        return world_text.captions(scene, rng, 1)[0]
+    if kind == "partly":
+        return world_text.partly_right(scene, config.palette(), rng)
+    if kind == "junk":
+        return world_text.junk(rng)
+    if kind == "subtle":
+        return world_text.subtly_wrong(scene, config.palette(), rng)
+    while True:  # "other_image": by chance another scene's caption can be true here
+        text = world_text.captions(make_scene(config, rng), rng, 1)[0]
+        if not world_text.judge(text, scene).true:
+            return text
+
+
+def write_world(config: WorldConfig, folder: str | Path) -> None:
+    """Writes the three splits and their truth under `folder`; world.json comes last and marks it finished.
+
+    A folder that already holds this world is left as it is; one that holds another world, or parquet files
+    that no world wrote, is a ValueError.
+    """
+    folder = Path(folder)
+    finished, unfinished = folder / "world.json", folder / "world.unfinished.json"
+    if finished.exists():
+        _check_same_world(config, finished)
+        log.info("%s already holds this world", folder)
+        return
+    _clear_unfinished(folder, unfinished)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    for split in SPLITS:
+        _write_split(config, split, folder)
+    os.replace(unfinished, finished)
+
+
+def _check_same_world(config: WorldConfig, finished: Path) -> None:
+    there, wanted = json.loads(finished.read_text()), asdict(config)
+    differing = [name for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)]
+    if differing:
+        found = ", ".join(f"{name} {there.get(name)} (wanted {wanted.get(name)})" for name in differing)
+        raise ValueError(f"{finished} holds another world: {found}; choose another folder or remove this one")
+
+
+def _clear_unfinished(folder: Path, unfinished: Path) -> None:
+    """Removes what a killed run left behind, and nothing that such a run did not write."""
+    left = [path for split in SPLITS for path in sorted((folder / split).glob("*.parquet"))]
+    if left and not unfinished.exists():
+        raise ValueError(f"{folder} holds {left[0]}, but no world.json; choose an empty folder for the world")
+    for path in left:
+        path.unlink()
+
+
+def _write_split(config: WorldConfig, split: str, folder: Path) -> None:
+    num_rows = {"noisy": config.noisy_rows, "clean": config.clean_rows, "test": config.test_rows}[split]
+    (folder / split).mkdir(exist_ok=True)
+    to_record, schema = (_raw_record, RAW) if split == "noisy" else (_clean_record, CLEAN)
+    truth: list[dict[str, Any]] = []
+    # At least one shard, so that an empty split can be read too.
+    for shard, start in enumerate(range(0, max(num_rows, 1), config.shard_rows)):
+        rows = [make_row(config, split, i) for i in range(start, min(start + config.shard_rows, num_rows))]
+        table = pa.Table.from_pylist([to_record(row, config.side) for row in rows], schema=schema)
+        pq.write_table(table, folder / split / f"{shard:05d}.parquet", row_group_size=ROW_GROUP)
+        truth.extend(_truth_record(row) for row in rows)
+        log.info("%s shard %d: %d rows", split, shard, len(rows))
+    truth_schema = NOISY_TRUTH if split == "noisy" else CLEAN_TRUTH
+    pq.write_table(pa.Table.from_pylist(truth, schema=truth_schema), folder / f"{split}_truth.parquet")
+
+
+def _raw_record(row: Row, side: int) -> dict[str, Any]:
+    sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), side)
+    return sizes | {
+        "caption": row.texts[0],
+        "url": f"https://example.invalid/{row.key}.jpg",
+        "key": row.key,
+        "status": "success",
+        "exif": "{}",
+        "sha256": hashlib.sha256(row.jpeg).hexdigest(),
+        "jpg": row.jpeg,
+    }
+
+
+def _clean_record(row: Row, side: int) -> dict[str, Any]:
+    return {
+        "key": row.key,
+        "image": {"bytes": row.jpeg, "path": f"{row.key}.jpg"},
+        "captions": [{"text": text, "source": "human", "itm": None} for text in row.texts],
+    }
+
+
+def _truth_record(row: Row) -> dict[str, Any]:
+    true = world_text.judge(row.texts[0], row.scene).true
+    return {"key": row.key, "kind": row.kind, "true": true, "scene": world_text.scene_to_json(row.scene)}
+
+
+def read_truth(path: str | Path) -> dict[str, tuple[str | None, Scene]]:
+    """Key -> (kind of web caption, None outside the noisy split; scene)."""
+    rows = pq.read_table(path).to_pylist()
+    return {row["key"]: (row.get("kind"), world_text.scene_from_json(row["scene"])) for row in rows}
+
+
+def main(argv: list[str]) -> int:
+    """Writes the world a config file describes."""
+    run = parse_args(argv, WorldRun)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    write_world(run.world, run.out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
