@@ -57,7 +57,9 @@ def decode(data: bytes | None, min_side: int = 1) -> Image.Image:
                 limit = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side"
                 raise ImageError(ImageFault.TOO_LARGE, f"image is {width} x {height}; {limit} are allowed")
             if min(width, height) < min_side:
-                raise ImageError(ImageFault.TOO_SMALL, f"image is {width} x {height}; a side needs {min_side}")
+                raise ImageError(
+                    ImageFault.TOO_SMALL, f"image is {width} x {height}; a side needs {min_side}"
+                )
             return _to_rgb(image)
     except ImageError:
         raise

@@ -21,7 +21,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, memory_width: int | None = None, dropout: float = 0.0, eps: float = BERT_EPS
+        self,
+        width: int,
+        heads: int,
+        memory_width: int | None = None,
+        dropout: float = 0.0,
+        eps: float = BERT_EPS,
     ):
         super().__init__()
         if width % heads:
@@ -45,7 +50,9 @@ class Attention(nn.Module):
         """
         drop = self.dropout if self.training else 0.0
         asking = x.reshape(kv[0].size(0), -1, x.size(-1))  # [B, n * T, D]
-        y = F.scaled_dot_product_attention(self._split(self.query(asking)), *kv, attn_mask=mask, dropout_p=drop)
+        y = F.scaled_dot_product_attention(
+            self._split(self.query(asking)), *kv, attn_mask=mask, dropout_p=drop
+        )
         y = self.out(y.transpose(1, 2).flatten(2)).view_as(x)  # [R, T, D]
         return self.norm(x + F.dropout(y, drop, self.training))
 

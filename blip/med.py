@@ -34,7 +34,9 @@ class MEDConfig:
 
     def __post_init__(self) -> None:
         if not (self.reads or self.writes):
-            raise ValueError("a MED must read (ITC, ITM), write (LM) or both; reads and writes are both false")
+            raise ValueError(
+                "a MED must read (ITC, ITM), write (LM) or both; reads and writes are both false"
+            )
 
 
 class MEDBlock(nn.Module):

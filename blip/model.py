@@ -107,15 +107,20 @@ class Blip(nn.Module):
         return self._head("itm")(states[:, 0]).float()
 
     @torch.no_grad()
-    def caption(self, pixels: Tensor, prompt: str = "a picture of ", decoding: Decoding | None = None,
-                seeds: Sequence[int] | None = None) -> list[str]:
+    def caption(
+        self,
+        pixels: Tensor,
+        prompt: str = "a picture of ",
+        decoding: Decoding | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
         """One caption per image, the prompt not repeated. `seeds` (one per image) are needed for nucleus."""
         if self.tokenizer is None:
             raise ValueError("captions need a tokenizer: Blip(config, tokenizer) or load_blip(folder)")
         image = self.med.project_image(self.image_tokens(pixels))
         start = self.tokenizer.prompt(prompt).to(pixels.device)  # [P]
         ids = generate(self.med, image, start, self.tokenizer.sep, decoding or Decoding(), seeds)
-        return self.tokenizer.decode(ids[:, len(start):])
+        return self.tokenizer.decode(ids[:, len(start) :])
 
     def keep(self, *, reads: bool, writes: bool) -> "Blip":
         """A model with the asked parts of this one only: a captioner only writes, a filter only reads.
@@ -140,7 +145,9 @@ class Blip(nn.Module):
     def with_teacher(self, config: MomentumConfig) -> "Blip":
         """Give ITC a momentum teacher that starts as a copy of this model."""
         text = replace(self.config.text, writes=False)
-        heads = nn.ModuleDict({name: copy.deepcopy(self._head(name)) for name in ("vision_proj", "text_proj")})
+        heads = nn.ModuleDict(
+            {name: copy.deepcopy(self._head(name)) for name in ("vision_proj", "text_proj")}
+        )
         self.teacher = Momentum(config, copy.deepcopy(self.vision), text, heads, self.config.embed)
         self.teacher.follow(self, decay=0.0)
         return self
@@ -194,7 +201,9 @@ class Blip(nn.Module):
         ids = torch.stack([batch.ids, batch.ids[wrong_text]], 1).flatten(0, 1)  # [2B, T], two texts per image
         mask = torch.stack([batch.mask, batch.mask[wrong_text]], 1).flatten(0, 1)
         pairs = self.match_projected(ids, mask, image).unflatten(0, (rows, 2))  # [B, 2, 2]
-        other = self.match_projected(batch.ids, batch.mask, [(k[wrong_image], v[wrong_image]) for k, v in image])
+        other = self.match_projected(
+            batch.ids, batch.mask, [(k[wrong_image], v[wrong_image]) for k, v in image]
+        )
         return losses.itm_loss(pairs[:, 0], torch.cat([pairs[:, 1], other]))
 
     def _lm(self, batch: Batch, image: list[KV]) -> Tensor:
@@ -206,7 +215,9 @@ class Blip(nn.Module):
 
     def _head(self, name: str) -> nn.Module:
         if name not in self.heads:
-            raise ValueError(f"these weights have no {name} head: they are a captioner's; load a pretrained MED or a filter")
+            raise ValueError(
+                f"these weights have no {name} head: they are a captioner's; load a pretrained MED or a filter"
+            )
         return self.heads[name]
 
 

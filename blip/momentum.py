@@ -25,8 +25,15 @@ class MomentumConfig:
     alpha_steps: int = 0  # linear ramp of alpha from 0, in steps; BLIP: two epochs
 
     def __post_init__(self) -> None:
-        if self.queue_size < 0 or not 0 <= self.decay <= 1 or not 0 <= self.alpha <= 1 or self.alpha_steps < 0:
-            raise ValueError(f"momentum needs queue_size, alpha_steps >= 0 and decay, alpha in [0, 1]; got {self}")
+        if (
+            self.queue_size < 0
+            or not 0 <= self.decay <= 1
+            or not 0 <= self.alpha <= 1
+            or self.alpha_steps < 0
+        ):
+            raise ValueError(
+                f"momentum needs queue_size, alpha_steps >= 0 and decay, alpha in [0, 1]; got {self}"
+            )
 
 
 def alpha_at(step: int, config: MomentumConfig) -> float:
@@ -37,7 +44,9 @@ def alpha_at(step: int, config: MomentumConfig) -> float:
 class Momentum(nn.Module):
     """EMA twin of vision encoder, text encoder and both projections, and a ring queue of their features."""
 
-    def __init__(self, config: MomentumConfig, vision: nn.Module, text: MEDConfig, heads: nn.ModuleDict, embed: int):
+    def __init__(
+        self, config: MomentumConfig, vision: nn.Module, text: MEDConfig, heads: nn.ModuleDict, embed: int
+    ):
         """`vision` and `heads` are the copies to keep (never the student's own modules); the text twin is built."""
         super().__init__()
         self.config = config
@@ -61,7 +70,9 @@ class Momentum(nn.Module):
         theirs = dict(student.named_parameters())
         pairs = [(mine, theirs[name]) for name, mine in self.named_parameters()]
         weight = 1 - (self.config.decay if decay is None else decay)
-        torch._foreach_lerp_([mine for mine, _ in pairs], [their.to(mine.dtype) for mine, their in pairs], weight)
+        torch._foreach_lerp_(
+            [mine for mine, _ in pairs], [their.to(mine.dtype) for mine, their in pairs], weight
+        )
 
     @torch.no_grad()
     def features(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

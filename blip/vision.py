@@ -28,7 +28,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -66,9 +68,16 @@ def interpolate_position_embedding(embedding: Tensor, num_tokens: int) -> Tensor
         return embedding
     old, new = round((embedding.size(1) - 1) ** 0.5), round((num_tokens - 1) ** 0.5)
     if old * old != embedding.size(1) - 1 or new * new != num_tokens - 1:
-        raise ValueError(f"position embedding {list(embedding.shape)} cannot become {num_tokens} tokens: not a square")
-    head, grid = embedding[:, :1], embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1, D, g, g]
-    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False).to(embedding.dtype)
+        raise ValueError(
+            f"position embedding {list(embedding.shape)} cannot become {num_tokens} tokens: not a square"
+        )
+    head, grid = (
+        embedding[:, :1],
+        embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2),
+    )  # [1, D, g, g]
+    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False).to(
+        embedding.dtype
+    )
     return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 

@@ -1,4 +1,4 @@
-"""Models from weights: our folders, transformers' BLIP, salesforce/BLIP and LAVIS files; BERT and ViT to start.
+"""Models from weights: our folders, transformers' BLIP, salesforce's files (BLIP, LAVIS); BERT, ViT to start.
 
 The weights decide what a model is: with an encoder it reads (ITC, ITM), with a decoder it writes (LM).
 Nothing is skipped in silence: a weight that is missing, left over, misshapen or contradicts its twin is named
@@ -77,7 +77,7 @@ def load_vqa(
 
 
 def init_vision(model: Blip, source: str | Path) -> None:
-    """Start the vision encoder from a ViT: timm's name of a model, or a file with a state dict in timm's names.
+    """Start the vision encoder from a ViT: timm's name for it, or a file with a state dict in timm's names.
 
     BLIP: deit_base_patch16_224 for base, vit_large_patch16_224.augreg_in21k for large.
     """

@@ -17,11 +17,11 @@ BERT_PAD, BERT_SEP = 0, 102  # bert-base-uncased, for a model that carries no to
 
 
 def export_hf(model: Blip, folder: str | Path) -> None:
-    """Write `model` for transformers: a captioner as BlipForConditionalGeneration, a filter as
-    BlipForImageTextRetrieval, both straight into `folder`.
+    """Write what transformers loads, straight into `folder` if it is one model there.
 
-    A pretrained MED is two models there: they go to `folder`/captioner and `folder`/retrieval. The temperature
-    of ITC has no place in transformers. Its BlipForImageTextRetrieval does not set [ENC]: who calls it must.
+    A captioner is BlipForConditionalGeneration, a filter BlipForImageTextRetrieval; a pretrained MED is
+    both, in `folder`/captioner and `folder`/retrieval. The temperature of ITC has no place there. transformers
+    matches with [CLS] where it should be [ENC]: its callers must put [ENC] first themselves.
     """
     folder = Path(folder)
     both = model.config.text.reads and model.config.text.writes

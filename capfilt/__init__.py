@@ -3,6 +3,7 @@
 `run_on_ray` lives in `capfilt.cluster`, so that everything else runs where Ray is not installed.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from capfilt.local import run_local
@@ -16,7 +17,5 @@ __all__ = ["CapFiltConfig", "CapFiltWorker", "run_local", "run_on_ray"]
 
 def __getattr__(name: str) -> Any:
     if name == "run_on_ray":
-        from capfilt.cluster import run_on_ray
-
-        return run_on_ray
+        return import_module("capfilt.cluster").run_on_ray
     raise AttributeError(f"module 'capfilt' has no attribute {name!r}")

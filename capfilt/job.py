@@ -132,7 +132,8 @@ class Watch:
         )
 
     def _say(self, line: str) -> None:
-        print(f"capfilt: {line}", file=self.stream, flush=True)
+        self.stream.write(f"capfilt: {line}\n")
+        self.stream.flush()
 
 
 def finish(job: Job, watch: Watch) -> Summary:

@@ -26,16 +26,16 @@ def tiny_config(reads: bool = True, writes: bool = True) -> BlipConfig:
 
 def tiny_blip(seed: int = 0, reads: bool = True, writes: bool = True) -> Blip:
     """In eval mode. Weights are drawn large, so that images, words and positions all matter."""
-    generator = torch.Generator().manual_seed(seed)
-    blip = Blip(tiny_config(reads, writes)).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        blip = Blip(tiny_config(reads, writes)).eval()
         for module in blip.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0, module.in_features**-0.5, generator=generator)
+                module.weight.normal_(0, module.in_features**-0.5)
             if isinstance(module, nn.Embedding):
-                module.weight.normal_(0, 0.5, generator=generator)
+                module.weight.normal_(0, 0.5)
             if isinstance(module, nn.Linear | nn.LayerNorm):
-                module.bias.normal_(0, 0.2, generator=generator)
+                module.bias.normal_(0, 0.2)
     return blip
 
 
