@@ -4,14 +4,14 @@ The only file of the models that knows Pillow.
 """
 
 import io
+import math
 import random
-import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # CLIP's statistics, used by BLIP and BLIP-2 alike (salesforce/BLIP data/__init__.py).
@@ -49,27 +49,28 @@ def decode(data: bytes | None, min_side: int = 1) -> Image.Image:
     if not data:
         raise ImageError(ImageFault.NO_IMAGE, "no image bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                limit = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side"
-                raise ImageError(ImageFault.TOO_LARGE, f"image is {width} x {height}; {limit} are allowed")
-            if min(width, height) < min_side:
-                raise ImageError(
-                    ImageFault.TOO_SMALL, f"image is {width} x {height}; a side needs {min_side}"
-                )
-            return _to_rgb(image)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            limit = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side"
+            raise ImageError(ImageFault.TOO_LARGE, f"image is {width} x {height}; {limit} are allowed")
+        if min(width, height) < min_side:
+            raise ImageError(ImageFault.TOO_SMALL, f"image is {width} x {height}; a side needs {min_side}")
+        return _to_rgb(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(ImageFault.TOO_LARGE, str(error)) from error
+    except UnidentifiedImageError as error:  # its own message holds an address, which differs from run to run
+        message = f"the bytes are no image of the kinds {', '.join(FORMATS)}"
+        raise ImageError(ImageFault.DECODE_ERROR, message) from error
     except Exception as error:  # Pillow's parsers raise nearly every type on hostile bytes
         raise ImageError(ImageFault.DECODE_ERROR, f"{type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling it
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -107,19 +108,23 @@ def train_transform(image: Image.Image, size: int, augmentation: Augmentation, r
 
 
 def random_crop(width: int, height: int, min_scale: float, rng: random.Random) -> tuple[int, int, int, int]:
-    """The box of torchvision's RandomResizedCrop: area in [min_scale, 1], aspect in [3/4, 4/3]."""
+    """The box of torchvision's RandomResizedCrop: area in [min_scale, 1], aspect in [3/4, 4/3].
+
+    Where ten draws do not fit, the largest box in the middle whose aspect is allowed. A min_scale of 1 crops
+    nothing, whatever the aspect.
+    """
     if min_scale == 1:
         return 0, 0, width, height
     for _ in range(10):
         area = width * height * rng.uniform(min_scale, 1.0)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -46,10 +46,10 @@ class Attention(nn.Module):
         """`x` is [R, T, D], `mask` boolean, True where attending is allowed, broadcastable to [B, H, T, S].
 
         When `x` has n rows for each row of `kv` (beams, several texts of one image), they are folded into the
-        positions that ask: [R, T, D] -> [B, n * T, D]. Keys and values are never copied.
+        positions that ask: [R, T, D] -> [B, n * T, D]. Keys and values are never copied. R must be n * B.
         """
         drop = self.dropout if self.training else 0.0
-        asking = x.reshape(kv[0].size(0), -1, x.size(-1))  # [B, n * T, D]
+        asking = x.unflatten(0, (kv[0].size(0), -1)).flatten(1, 2)  # [B, n * T, D]
         y = F.scaled_dot_product_attention(
             self._split(self.query(asking)), *kv, attn_mask=mask, dropout_p=drop
         )
@@ -87,7 +87,7 @@ def padding_mask(mask: Tensor) -> Tensor:
 
 
 def causal_mask(asking: int, answering: int, device: torch.device) -> Tensor:
-    """[T, S] boolean: the last `asking` of `answering` positions see themselves and everything before them."""
+    """[T, S] boolean: the last `asking` of `answering` positions see themselves and all before them."""
     return torch.ones(asking, answering, dtype=torch.bool, device=device).tril(answering - asking)
 
 

@@ -36,20 +36,22 @@ def itc_loss(
 def hard_negatives(logits: Tensor, same: Tensor) -> Tensor:
     """For each row draw one candidate of another image, likelier the more similar it looks. [B, G] -> [B].
 
-    Weights softmax(logits) + 1e-4, zero where the image is the same (BLIP models/blip_pretrain.py), all rows in
-    one call. Raises ValueError when a row has no candidate of another image.
+    Weights softmax(logits) + 1e-4, zero where the image is the same (BLIP models/blip_pretrain.py), all rows
+    in one call. Raises ValueError when a row has no candidate of another image.
     """
-    weights = (logits.float().softmax(1) + 1e-4).masked_fill(same, 0.0)
-    if not bool((weights.sum(1) > 0).all()):
+    if bool(same.all(1).any()):
         raise ValueError(
-            f"hard negatives need a text of another image for every image; this batch of {logits.size(0)} has rows "
-            "without one: use a batch of at least two different images"
+            f"hard negatives need a pair of another image for every pair; this batch of {len(logits)} has "
+            "none for some: use batches of at least two different images"
         )
-    return torch.multinomial(weights, 1)[:, 0]
+    weights = (logits.float().softmax(1) + 1e-4).masked_fill(same, 0.0)
+    # NaN weights are an error of multinomial, on a GPU one that ends the process. NaN logits make the loss
+    # NaN as well, and there the trainer can say it.
+    return torch.multinomial(weights.nan_to_num(1.0), 1)[:, 0]
 
 
 def itm_loss(matched: Tensor, unmatched: Tensor) -> Tensor:
-    """Two-class cross-entropy over all rows. Logits [R, 2] of true pairs and of drawn negatives; class 1 = match."""
+    """Two-class cross-entropy over all rows: logits [R, 2] of true and of wrong pairs; class 1 = match."""
     labels = torch.cat([matched.new_ones(len(matched)), matched.new_zeros(len(unmatched))]).long()
     return F.cross_entropy(torch.cat([matched, unmatched]), labels)
 

@@ -53,13 +53,17 @@ class MEDBlock(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, image: KV | None, causal: bool, past: KV | None = None
     ) -> tuple[Tensor, KV]:
-        """`x` [R, T, D], `mask` boolean [R or 1, 1, T or 1, S], `image` [B, H, N, C] -> x and its keys, values."""
+        """`x` [R, T, D], `image` [B, H, N, C] each -> new x, keys and values of past and new positions.
+
+        `mask` is boolean, True where attending is allowed, [R or 1, 1, T or 1, S].
+        """
         attend = self.write if causal else self.read
         if attend is None:
             raise ValueError(_missing("LM decoder") if causal else _missing("ITC and ITM encoder"))
         kv = extend(past, attend.project(x))
         x = attend(x, kv, mask)
-        if image is not None and self.look is not None:
+        if image is not None:
+            assert self.look is not None, "an image was given to a text encoder without cross-attention"
             x = self.look(x, image)
         return self.mlp(x), kv
 
@@ -108,7 +112,12 @@ class MED(nn.Module):
 
     def project_image(self, image_tokens: Tensor) -> list[KV]:
         """[B, N, image width] -> the keys and values of every block, each [B, H, N, C]."""
-        return [block.look.project(image_tokens) for block in self.blocks]
+        found = []
+        for block in self.blocks:
+            look = block.look
+            assert isinstance(look, Attention), "a text encoder without cross-attention cannot see an image"
+            found.append(look.project(image_tokens))
+        return found
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text alone. ids, mask [R, T] -> [R, T, D]."""
@@ -145,7 +154,7 @@ class MED(nn.Module):
     def _read(self, ids: Tensor, mask: Tensor, image: list[KV] | None) -> Tensor:
         x, allowed = self.embeddings(ids), padding_mask(mask)
         for i, block in enumerate(self.blocks):
-            x, _ = block(x, allowed, image[i] if image else None, causal=False)
+            x, _ = block(x, allowed, None if image is None else image[i], causal=False)
         return x
 
 

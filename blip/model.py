@@ -6,12 +6,14 @@ Shapes: B images, N image tokens, D width, R = n * B texts, T text positions, E 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import losses
+from blip.checkpoint import save_model
 from blip.generate import Decoding, generate
 from blip.layers import KV, bert_init
 from blip.med import MED, MEDConfig
@@ -47,7 +49,7 @@ SIZES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
     """What a training step sees. Texts start with [CLS]; a captioner's text carries its prompt after it."""
 
@@ -58,12 +60,13 @@ class Batch:
     prompt_length: int = 0  # words of the prompt, which LM does not learn
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        tensors = (self.pixels, self.ids, self.mask, self.image_ids)
+        pixels, ids, mask, image_ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(pixels, ids, mask, image_ids, self.prompt_length)
 
 
 class Blip(nn.Module):
-    """Vision encoder + MED + ITC, ITM and LM heads. What it has follows from `config.text.reads` and `.writes`."""
+    """Vision encoder + MED + ITC, ITM and LM heads; `config.text.reads` and `.writes` say which it has."""
 
     def __init__(self, config: BlipConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
@@ -98,7 +101,7 @@ class Blip(nn.Module):
         return F.normalize(self._head("text_proj")(self.med.encode(ids, mask)[:, 0]).float(), dim=-1)
 
     def match(self, ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """ITM logits [R, 2], class 1 = match, of R = n * B texts: the n texts of image b are rows b*n to b*n + n-1."""
+        """ITM logits [R, 2], class 1 = match, of R = n * B texts, those of an image next to each other."""
         return self.match_projected(ids, mask, self.med.project_image(image_tokens))
 
     def match_projected(self, ids: Tensor, mask: Tensor, image: list[KV]) -> Tensor:
@@ -123,7 +126,7 @@ class Blip(nn.Module):
         return self.tokenizer.decode(ids[:, len(start) :])
 
     def keep(self, *, reads: bool, writes: bool) -> "Blip":
-        """A model with the asked parts of this one only: a captioner only writes, a filter only reads.
+        """A model with the asked parts only: a captioner only writes, a filter only reads.
 
         Raises ValueError when this model does not have a part that is asked for.
         """
@@ -132,13 +135,17 @@ class Blip(nn.Module):
             return self
         if (reads and not have.reads) or (writes and not have.writes):
             raise ValueError(
-                f"reads={reads}, writes={writes} was asked of weights with reads={have.reads}, writes={have.writes}; "
-                "start from a checkpoint that has these parts, such as a pretrained MED"
+                f"reads={reads}, writes={writes} was asked of weights with reads={have.reads}, "
+                f"writes={have.writes}; start from weights that have these parts, such as a pretrained MED"
             )
         part = Blip(replace(self.config, text=replace(have, reads=reads, writes=writes)), self.tokenizer)
         mine = self.state_dict()
         part.load_state_dict({name: mine[name] for name in part.state_dict()})
-        return part
+        return part.to(next(self.parameters()).device).train(self.training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what `load_blip` loads; the teacher is left out."""
+        save_model(self, folder)
 
     # Training
 
@@ -153,7 +160,7 @@ class Blip(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named losses of the objectives this model has heads for: itc and itm, lm. They are summed to train."""
+        """Named losses of the objectives this model has heads for: itc and itm, lm. Training sums them."""
         tokens = self.image_tokens(batch.pixels)
         image = self.med.project_image(tokens)  # once, for all ITM pairs and for LM
         found: dict[str, Tensor] = {}
@@ -188,7 +195,8 @@ class Blip(nn.Module):
             with torch.no_grad():
                 slow = teacher_image @ texts.T / self.temperature, teacher_text @ images.T / self.temperature
                 targets = [losses.itc_targets(same, logits, self.teacher.alpha) for logits in slow]
-            self.teacher.enqueue(teacher_image, teacher_text, batch.image_ids)
+            if self.training:  # what is only measured stays out of the queue
+                self.teacher.enqueue(teacher_image, teacher_text, batch.image_ids)
         itm = self._itm(batch, image, to_text.detach(), to_image.detach())
         return {"itc": losses.itc_loss(to_text, to_image, *targets), "itm": itm}
 
@@ -216,7 +224,7 @@ class Blip(nn.Module):
     def _head(self, name: str) -> nn.Module:
         if name not in self.heads:
             raise ValueError(
-                f"these weights have no {name} head: they are a captioner's; load a pretrained MED or a filter"
+                f"these weights have no {name} head: a captioner has none; load a pretrained MED or a filter"
             )
         return self.heads[name]
 

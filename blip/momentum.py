@@ -1,6 +1,7 @@
-"""The momentum teacher of ITC: a slow copy of the unimodal encoders, and queues of its features (BLIP section 3.2).
+"""The momentum teacher of ITC: a slow copy of the unimodal encoders and queues of its features.
 
-The teacher gives soft targets and remembers the features of earlier batches as further negatives.
+The teacher gives soft targets and remembers the features of earlier batches as further negatives (BLIP
+section 3.2).
 Shapes: B pairs of the batch, K queue places, E shared embedding.
 """
 
@@ -25,12 +26,8 @@ class MomentumConfig:
     alpha_steps: int = 0  # linear ramp of alpha from 0, in steps; BLIP: two epochs
 
     def __post_init__(self) -> None:
-        if (
-            self.queue_size < 0
-            or not 0 <= self.decay <= 1
-            or not 0 <= self.alpha <= 1
-            or self.alpha_steps < 0
-        ):
+        are_shares = 0 <= self.decay <= 1 and 0 <= self.alpha <= 1
+        if not are_shares or self.queue_size < 0 or self.alpha_steps < 0:
             raise ValueError(
                 f"momentum needs queue_size, alpha_steps >= 0 and decay, alpha in [0, 1]; got {self}"
             )
@@ -44,10 +41,16 @@ def alpha_at(step: int, config: MomentumConfig) -> float:
 class Momentum(nn.Module):
     """EMA twin of vision encoder, text encoder and both projections, and a ring queue of their features."""
 
+    image_queue: Tensor
+    text_queue: Tensor
+    id_queue: Tensor
+    place: Tensor
+    steps: Tensor
+
     def __init__(
         self, config: MomentumConfig, vision: nn.Module, text: MEDConfig, heads: nn.ModuleDict, embed: int
     ):
-        """`vision` and `heads` are the copies to keep (never the student's own modules); the text twin is built."""
+        """`vision` and `heads` are copies, never the student's own modules; the text twin is built here."""
         super().__init__()
         self.config = config
         self.vision, self.heads = vision, heads

@@ -1,4 +1,4 @@
-"""BERT word pieces plus [DEC] and [ENC], and the papers' clean-up of captions. The only door of transformers here."""
+"""BERT word pieces plus [DEC] and [ENC], and the papers' clean-up of captions. The door of transformers."""
 
 import re
 from collections.abc import Sequence
@@ -36,20 +36,25 @@ class Tokenizer:
         # BLIP's order: [DEC] first, so that the ids agree with every released checkpoint.
         self._bert.add_special_tokens({"bos_token": "[DEC]"})
         self._bert.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-        ids = self._bert.convert_tokens_to_ids(["[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]"])
-        self.pad, self.cls, self.sep, self.dec, self.enc = ids
+        special = ("[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]")
+        self.pad, self.cls, self.sep, self.dec, self.enc = (self._id(token) for token in special)
 
     def __len__(self) -> int:
         return len(self._bert)
 
     def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-        """ids [R, T] and mask [R, T] (1 = a real token), padded to the longest, cut at `max_length` tokens."""
-        encoded = self._bert(list(texts), padding="longest", truncation=True, max_length=max_length)
+        """ids and mask [R, T] (1 = a real token), padded to the longest, cut at `max_length` tokens.
+
+        A text is nothing but words: "[SEP]" in it becomes the words "[", "sep", "]".
+        """
+        encoded = self._bert(
+            list(texts), padding="longest", truncation=True, max_length=max_length, split_special_tokens=True
+        )
         return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
 
     def prompt(self, text: str) -> Tensor:
         """[P] ids of a decoder prompt: [DEC] and the words, without the closing [SEP]."""
-        words = self._bert(text, add_special_tokens=False)["input_ids"]
+        words = self._bert(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor([self.dec, *words])
 
     def decode(self, ids: Tensor) -> list[str]:
@@ -57,11 +62,16 @@ class Tokenizer:
         texts = []
         for row in ids.tolist():
             row = row[: row.index(self.sep)] if self.sep in row else row
-            texts.append(self._bert.decode(row, skip_special_tokens=True))
+            texts.append(str(self._bert.decode(row, skip_special_tokens=True)))
         return texts
 
     def save(self, folder: str | Path) -> None:
         self._bert.save_pretrained(str(folder))
+
+    def _id(self, token: str) -> int:
+        found = self._bert.convert_tokens_to_ids(token)
+        assert isinstance(found, int)
+        return found
 
 
 def write_vocabulary(words: Sequence[str], folder: str | Path) -> None:
@@ -80,6 +90,6 @@ def _load(source: str | Path) -> BertTokenizer:
         return BertTokenizer.from_pretrained(str(source))
     except OSError as error:
         raise ValueError(
-            f"the vocabulary {str(source)!r} is neither a folder nor can it be had from the Hugging Face hub; "
+            f"the vocabulary {str(source)!r} is no folder and cannot be had from the Hugging Face hub; "
             f"give a folder that holds {' or '.join(VOCABULARY_FILES)}"
         ) from error

@@ -3,6 +3,7 @@
 The only file that knows timm.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A plain ViT. Defaults are ViT-B/16 at 224 px, as in BLIP (biased qkv, final norm)."""
+    """A ViT. Defaults are ViT-B/16 at 224 px, as in BLIP (biased qkv, final norm)."""
 
     image_size: int = 224  # pixels, square
     patch_size: int = 16
@@ -25,11 +26,17 @@ class VisionConfig:
     heads: int = 12
     drop_path: float = 0.0  # stochastic depth; BLIP uses 0.1 for ViT-L
     eps: float = 1e-6  # of LayerNorm; Hugging Face's BLIP configs ask 1e-5
+    stem: tuple[int, ...] = ()  # widths of a convolutional stem, each halves the image; () = plain patches
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; choose one"
+            )
+        if self.stem and 2 ** len(self.stem) != self.patch_size:
+            raise ValueError(
+                f"a stem of {len(self.stem)} halvings makes patches of {2 ** len(self.stem)} pixels, "
+                f"but patch_size is {self.patch_size}; give log2(patch_size) widths"
             )
 
     @property
@@ -54,9 +61,28 @@ class VisionEncoder(nn.Module):
             num_classes=0,
             global_pool="",
         )
+        if config.stem:
+            self.vit.patch_embed.proj = conv_stem(config.stem, config.width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.vit.forward_features(pixels)  # [B, N, D]
+
+
+def conv_stem(widths: Sequence[int], out: int) -> nn.Sequential:
+    """[B, 3, S, S] -> [B, out, S / 2^n, S / 2^n] in place of the one big patch convolution.
+
+    After Xiao et al. 2021, "Early convolutions help transformers see better": a ViT that starts from random
+    weights and few images learns shapes several times sooner with it.
+    """
+    layers: list[nn.Module] = []
+    for before, width in zip((3, *widths), widths, strict=False):
+        for channels, stride in ((before, 2), (width, 1)):
+            conv = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+    last = nn.Conv2d(widths[-1], out, 1)
+    nn.init.kaiming_normal_(last.weight, nonlinearity="linear")
+    return nn.Sequential(*layers, last)
 
 
 def interpolate_position_embedding(embedding: Tensor, num_tokens: int) -> Tensor:
@@ -71,16 +97,12 @@ def interpolate_position_embedding(embedding: Tensor, num_tokens: int) -> Tensor
         raise ValueError(
             f"position embedding {list(embedding.shape)} cannot become {num_tokens} tokens: not a square"
         )
-    head, grid = (
-        embedding[:, :1],
-        embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2),
-    )  # [1, D, g, g]
-    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False).to(
-        embedding.dtype
-    )
-    return torch.cat([head, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+    grid = embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2).float()  # [1, D, g, g]
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)  # [1, new * new, D]
+    return torch.cat([embedding[:, :1], patches], 1)
 
 
 def pretrained_vit(name: str) -> dict[str, Tensor]:
-    """State dict of a timm ViT by model name (downloads from the hub), e.g. deit_base_patch16_224 as in BLIP."""
+    """State dict of a timm ViT by its name, from the hub, e.g. deit_base_patch16_224 as in BLIP."""
     return timm.create_model(name, pretrained=True, num_classes=0).state_dict()

@@ -228,7 +228,7 @@ def _config(theirs: Mapping[str, Tensor], settings: Settings, source: str | Path
             patch_size=patch,
             width=width,
             depth=settings.vision_depth or _depth(theirs, blocks),
-            heads=settings.vision_heads or width // HEAD_WIDTH,
+            heads=settings.vision_heads or _heads(width, source),
             drop_path=base.vision.drop_path,
             eps=settings.vision_eps,
         ),
@@ -236,7 +236,7 @@ def _config(theirs: Mapping[str, Tensor], settings: Settings, source: str | Path
             vocab_size=words,
             width=text_width,
             depth=settings.text_depth or _depth(theirs, f"{stack}encoder.layer"),
-            heads=settings.text_heads or text_width // HEAD_WIDTH,
+            heads=settings.text_heads or _heads(text_width, source),
             hidden=shape(f"{stack}encoder.layer.0.intermediate.dense.weight")[0],
             max_positions=shape(f"{stack}embeddings.position_embeddings.weight")[0],
             reads=reads,
@@ -255,6 +255,14 @@ def _has(theirs: Mapping[str, Tensor], prefix: str) -> bool:
 def _depth(theirs: Mapping[str, Tensor], blocks: str) -> int:
     found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in theirs]
     return max((int(match[1]) + 1 for match in found if match), default=1)
+
+
+def _heads(width: int, source: str | Path) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(
+            f"{source} has a width of {width}, not a multiple of {HEAD_WIDTH}: its heads are unknown"
+        )
+    return width // HEAD_WIDTH
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ BERT_PAD, BERT_SEP = 0, 102  # bert-base-uncased, for a model that carries no to
 def export_hf(model: Blip, folder: str | Path) -> None:
     """Write what transformers loads, straight into `folder` if it is one model there.
 
-    A captioner is BlipForConditionalGeneration, a filter BlipForImageTextRetrieval; a pretrained MED is
-    both, in `folder`/captioner and `folder`/retrieval. The temperature of ITC has no place there. transformers
+    A captioner is BlipForConditionalGeneration, a filter BlipForImageTextRetrieval; a pretrained MED is both,
+    in `folder`/captioner and `folder`/retrieval. The temperature of ITC has no place there. transformers
     matches with [CLS] where it should be [ENC]: its callers must put [ENC] first themselves.
     """
     folder = Path(folder)

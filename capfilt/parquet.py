@@ -107,11 +107,7 @@ def _passed_field(field: pa.Field, found: ColumnMap) -> pa.Field | None:
 def _chunks(
     file: pq.ParquetFile, path: Path, found: ColumnMap, schema: pa.Schema, wanted: range, prefix: str
 ) -> Iterator[Chunk]:
-    image_type = file.schema_arrow.field(found.image).type
-    parts = [f"{found.image}.{part.name}" for part in IMAGE if image_type.get_field_index(part.name) >= 0]
-    leaves = [n for n in schema.names if n != found.image] + (
-        parts if kind.is_struct(image_type) else [found.image]
-    )
+    leaves = [name for name in schema.names if name != found.image] + _image_leaves(file.schema_arrow, found)
     first = 0  # row number of the next batch
     try:
         for group in range(file.metadata.num_row_groups):
@@ -135,6 +131,14 @@ def _chunks(
         ) from error
     finally:
         file.close()
+
+
+def _image_leaves(schema: pa.Schema, found: ColumnMap) -> list[str]:
+    """The image column, or the parts of its struct that are wanted; a struct may hold anything besides."""
+    image = schema.field(found.image).type
+    if not kind.is_struct(image):
+        return [found.image]
+    return [f"{found.image}.{part.name}" for part in IMAGE if image.get_field_index(part.name) >= 0]
 
 
 def _refuse_dictionaries(file: pq.ParquetFile, path: Path, group: int, leaves: list[str]) -> None:

@@ -4,11 +4,12 @@ Device, autocast and activation checkpointing live here and nowhere in the model
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["fp32", "bf16"]
 
@@ -17,9 +18,14 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; use cpu, cuda, cuda:<number> or auto") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch finds no GPU here; use device=cpu or device=auto")
+        raise ValueError(
+            f"device {name!r} was asked for, but torch finds no GPU here; use device=cpu or device=auto"
+        )
     return device
 
 
@@ -29,6 +35,10 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def checkpoint_activations(blocks: nn.ModuleList | nn.Sequential, last: int) -> None:
-    """Forget the activations of the last blocks and compute them again in the backward pass. Weights keep names."""
-    for i in range(max(0, len(blocks) - last), len(blocks)):
-        blocks[i] = checkpoint_wrapper(blocks[i], checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    """Forget the activations of the `last` blocks, to compute them again in the backward pass.
+
+    Only `forward` is replaced: wrapping the blocks would rename their parameters for whoever looks them up,
+    such as the momentum teacher.
+    """
+    for block in list(blocks)[max(0, len(blocks) - last) :]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,7 +1,8 @@
 """Train a MED: pre-training (ITC + ITM + LM), a captioner (LM) or a filter (ITC + ITM).
 
-The objectives are those the model has heads for: model.text.reads gives ITC and ITM, model.text.writes gives LM.
-OUT holds config.yaml, metrics.jsonl, state.pt (to go on after a stop) and, at the end, model/ (a checkpoint folder).
+The objectives are those the model has heads for: one that reads has ITC and ITM, one that writes has LM.
+OUT holds config.yaml, metrics.jsonl, state.pt (to go on after a stop) and, at the end, model/ (a checkpoint
+folder).
 """
 
 import random
@@ -14,7 +15,7 @@ import torch
 from blip.checkpoint import save_model
 from blip.model import Blip, BlipConfig
 from blip.momentum import MomentumConfig
-from blip.tokenizer import Tokenizer
+from blip.tokenizer import BERT_VOCABULARY, Tokenizer
 from blip.weights import init_text, init_vision, load_blip
 from pipelines.config import config_hash, parse_args, run_main, save_config
 from pipelines.data import DataConfig, training_batches
@@ -26,12 +27,24 @@ from pipelines.trainer import TrainConfig, resume, train
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where the weights come from. `blip` alone, or vision and text apart, or none: random."""
+    """What a new model begins with; without vision and text it is random."""
 
-    blip: str | None = None  # a checkpoint folder, a Hugging Face folder or id, a salesforce .pth
+    tokenizer: str = BERT_VOCABULARY  # a folder with a vocabulary, or a Hugging Face name
     vision: str | None = None  # a timm name or a state dict file; BLIP: deit_base_patch16_224
-    text: str | None = None  # a Hugging Face BERT; BLIP: bert-base-uncased
-    tokenizer: str | None = None  # a folder or name; by default that of `blip`, else bert-base-uncased
+    text: str | None = None  # a Hugging Face BERT, folder or name; BLIP: bert-base-uncased
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """The trained model that fine-tuning starts from, and what of it: see `load_blip`."""
+
+    weights: str  # a checkpoint folder, a Hugging Face folder or id, a salesforce .pth
+    reads: bool | None = None  # false makes a captioner: no ITC, no ITM
+    writes: bool | None = None  # false makes a filter: no LM
+    image_size: int | None = None  # pixels; position embeddings are resampled
+    dropout: float | None = None
+    drop_path: float | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,29 +52,47 @@ class TrainRun:
     out: str
     data: DataConfig
     train: TrainConfig
-    model: BlipConfig = field(default_factory=BlipConfig)
-    init: InitConfig = field(default_factory=InitConfig)
+    model: BlipConfig | None = None  # a new model; ViT-B/16 with BERT-base where nothing else is said
+    init: InitConfig = field(default_factory=InitConfig)  # of a new model
+    start: StartConfig | None = None  # or a trained one
     optim: OptimConfig = field(default_factory=OptimConfig)
-    momentum: MomentumConfig | None = None  # null: ITC within the batch
+    momentum: MomentumConfig | None = None  # the teacher of ITC; null: ITC within the batch
+
+    def __post_init__(self) -> None:
+        if self.start and (self.model or self.init != InitConfig()):
+            raise ValueError(
+                "start and model (or init) are both given; a run starts from trained weights or anew"
+            )
 
 
 def build(run: TrainRun) -> Blip:
-    """The model of the run, with the weights it starts from and its tokenizer."""
-    if run.init.blip:
-        text = run.model.text
-        model = load_blip(run.init.blip, tokenizer=run.init.tokenizer, image_size=run.model.vision.image_size)
-        model = model.keep(reads=text.reads, writes=text.writes)
+    """The model of the run, with the weights it starts from, its tokenizer and its teacher."""
+    if run.start:
+        start = run.start
+        model = load_blip(
+            start.weights,
+            image_size=start.image_size,
+            reads=start.reads,
+            writes=start.writes,
+            dropout=start.dropout,
+            drop_path=start.drop_path,
+            tokenizer=start.tokenizer,
+        )
     else:
-        tokenizer = Tokenizer(run.init.tokenizer) if run.init.tokenizer else Tokenizer()
-        text = replace(run.model.text, vocab_size=len(tokenizer))
-        config = replace(run.model, text=text, dec_id=tokenizer.dec, enc_id=tokenizer.enc)
-        model = Blip(config, tokenizer)
-        if run.init.vision:
-            init_vision(model, run.init.vision)
-        if run.init.text:
-            init_text(model, run.init.text)
-    if run.momentum is not None and run.model.text.reads:
+        model = _new(run.model or BlipConfig(), run.init)
+    if run.momentum is not None:
         model.with_teacher(run.momentum)
+    return model
+
+
+def _new(config: BlipConfig, init: InitConfig) -> Blip:
+    tokenizer = Tokenizer(init.tokenizer)
+    text = replace(config.text, vocab_size=len(tokenizer))
+    model = Blip(replace(config, text=text, dec_id=tokenizer.dec, enc_id=tokenizer.enc), tokenizer)
+    if init.vision:
+        init_vision(model, init.vision)
+    if init.text:
+        init_text(model, init.text)
     return model
 
 
@@ -82,10 +113,15 @@ def main(argv: list[str]) -> int:
     batches, rows = training_batches(
         run.data, model.tokenizer, model.config.vision.image_size, run.train.seed, step * run.train.accumulate
     )
-    with RunLog(out, total_steps=run.train.steps, start_step=step, sinks=run.train.sinks, config=asdict(run)) as log:
-        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        log.say(f"{size / 1e6:.1f}M parameters on {device}, {rows} rows, config {config_hash(run)}, from step {step}")
-        train(model, batches, optimizer, run.optim, run.train, log, out, step, rows)
+    steps_per_epoch = max(1, rows // (run.data.batch_size * run.train.accumulate))
+    with RunLog(
+        out, total_steps=run.train.steps, start_step=step, sinks=run.train.sinks, config=asdict(run)
+    ) as log:
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        log.say(
+            f"{size:.1f}M parameters on {device}, {rows} rows, config {config_hash(run)}, from step {step}"
+        )
+        train(model, batches, optimizer, run.optim, run.train, log, out, step, steps_per_epoch)
     save_model(model, out / "model")
     print(f"saved {out / 'model'}")
     return 0

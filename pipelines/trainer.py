@@ -1,8 +1,9 @@
 """The one training loop. Jobs differ by model, data and config, never by a copy of this file.
 
-The model gives named losses for a batch and is told `after_step()`; the sum of the losses is minimised. Everything the next step depends on is in the
-state file (weights, teacher, queues, optimiser, step, random numbers; the data position follows from the step),
-so a killed run goes on as if it had never stopped: bit for bit on a CPU in fp32.
+The model gives named losses for a batch and is told `after_step()`; the sum of the losses is minimised.
+Everything the next step depends on is in the state file (weights, teacher, queues, optimiser, step, random
+numbers; the data position follows from the step), so a killed run goes on as if it had never stopped: bit for
+bit on a CPU.
 """
 
 import math
@@ -33,41 +34,39 @@ class TrainConfig:
     sinks: tuple[str, ...] = ()  # besides metrics.jsonl: tensorboard, wandb, trackio
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        least = dict.fromkeys(("steps", "accumulate", "log_every", "save_every"), 1)
+        for name, low in (least | {"seed": 0, "checkpoint_blocks": 0}).items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
 
 
-class NotFinite(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the message names it."""
+class NotFinite(ValueError):
+    """A loss or the gradient is NaN or infinite; the message names the values."""
 
 
 STATE_FILE = "state.pt"
 
 
 def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """Restore everything from the folder's state file; the step to go on with, 0 when there is none."""
+    """Restore everything from the folder's state file; the step to go on with, 0 when there is none.
+
+    Raises ValueError when the file is damaged or holds the state of another model.
+    """
     path = folder / STATE_FILE
     if not path.exists():
         return 0
     state = load_state(path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not the state of this model ({error}); choose another out or remove the file"
+        ) from error
     torch.set_rng_state(state["torch_rng"])
     if device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
     return int(state["step"])
-
-
-def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, step: int) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-    }
-    save_state(folder / STATE_FILE, state)
 
 
 def train(
@@ -79,43 +78,40 @@ def train(
     log: RunLog,
     folder: Path,
     first_step: int,
-    rows_per_epoch: int,
+    steps_per_epoch: int,
 ) -> None:
-    """Train from `first_step` to `config.steps`; `batches` must start at batch `first_step * config.accumulate`.
+    """Train from `first_step` to `config.steps`; `batches` must begin at `first_step * config.accumulate`.
 
-    Raises NotFinite, with the last good state on disk, when a loss or a gradient is.
+    The state is saved every `config.save_every` steps and at the end. Raises NotFinite, with the last state
+    on disk as it was, when a loss or the gradient is NaN or infinite.
     """
     device = next(model.parameters()).device
     model.train()
     rows = 0
     for step in range(first_step, config.steps):
-        micro = [next(batches) for _ in range(config.accumulate)]
-        seen = sum(len(batch.ids) for batch in micro)
-        rate = lr_at(optim, step, config.steps, max(1, rows_per_epoch // seen))
+        rate = lr_at(optim, step, config.steps, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        micro = [next(batches) for _ in range(config.accumulate)]
         losses = _backward(model, micro, config, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
-        if not bool(norm.isfinite()):
-            values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
-            raise NotFinite(
-                f"step {step + 1}: the gradient norm is {float(norm)} ({values}); lower optim.lr, set "
-                f"optim.grad_clip or use precision=fp32. The state of the last save is in {folder / STATE_FILE}"
-            )
+        _require_finite(losses | {"grad_norm": norm}, step + 1, folder)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.after_step()  # type: ignore[operator]
-        rows += seen
-        done, last = step + 1, step + 1 == config.steps
-        if done % config.log_every == 0 or last:
+        rows += sum(len(batch.ids) for batch in micro)
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
             values = {name: float(value) for name, value in losses.items()}
             log.log(done, values | {"lr": rate, "grad_norm": float(norm)}, rows)
             rows = 0
-        if done % config.save_every == 0 or last:
+        if done % config.save_every == 0 or done == config.steps:
             _save(folder, model, optimizer, device, done)
 
 
-def _backward(model: nn.Module, micro: list[Batch], config: TrainConfig, device: torch.device) -> dict[str, Tensor]:
+def _backward(
+    model: nn.Module, micro: list[Batch], config: TrainConfig, device: torch.device
+) -> dict[str, Tensor]:
     """Gradients of the mean over micro-batches; the mean of each named loss, still on the device."""
     totals: dict[str, Tensor] = {}
     for batch in micro:
@@ -126,3 +122,27 @@ def _backward(model: nn.Module, micro: list[Batch], config: TrainConfig, device:
         for name, value in losses.items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value.detach() / len(micro)
     return totals
+
+
+def _require_finite(values: dict[str, Tensor], step: int, folder: Path) -> None:
+    if bool(torch.stack(list(values.values())).isfinite().all()):  # the one wait for the device in a step
+        return
+    found = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+    path = folder / STATE_FILE
+    saved = f"the state of the last save is in {path}" if path.exists() else "no state was saved yet"
+    raise NotFinite(
+        f"step {step} is not finite: {found}; lower optim.lr, set optim.grad_clip or train in fp32; {saved}"
+    )
+
+
+def _save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, step: int
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+    }
+    save_state(folder / STATE_FILE, state)

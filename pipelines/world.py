@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw
 
+from blip.tokenizer import write_vocabulary
 from capfilt.schema import CLEAN
 from pipelines import world_text
 from pipelines.config import parse_args, run_main
@@ -37,7 +39,7 @@ BACKGROUNDS = ("flat", "gradient", "noise", "checker")
 ROW_GROUP = 100
 SUPERSAMPLING = 3
 
-RADIUS = {"small": 0.115, "large": 0.20}  # of the side
+RADIUS = {"small": 0.15, "large": 0.24}  # of the side
 PITCH = {"small": 0.064, "large": 0.08}  # of stripes and dots, of the side
 GAP = 0.04  # between two objects, and half of it to the border
 # Plain colour, and the second one of stripes and dots: far in brightness, never another colour's plain look.
@@ -152,7 +154,7 @@ def make_scene(config: WorldConfig, rng: Generator) -> Scene:
             shape=palette.shapes[int(pair) % len(palette.shapes)],
             colour=palette.colours[int(pair) // len(palette.shapes)],
             size=size,
-            texture=palette.textures[int(rng.integers(len(palette.textures)))],
+            texture=_texture(palette.textures, rng),
             x=x,
             y=y,
         )
@@ -160,6 +162,11 @@ def make_scene(config: WorldConfig, rng: Generator) -> Scene:
     )
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     return Scene(objects, background, TONES[int(rng.integers(len(TONES)))])
+
+
+def _texture(textures: Sequence[str], rng: Generator) -> str:
+    """Plain in half of the cases, else one of the others."""
+    return textures[0] if rng.random() < 0.5 else textures[int(rng.integers(len(textures)))]
 
 
 def _layout(count: int, rng: Generator) -> tuple[list[str], list[list[float]]]:
@@ -387,10 +394,11 @@ def read_truth(path: str | Path) -> dict[str, tuple[str | None, Scene]]:
 
 
 def main(argv: list[str]) -> int:
-    """Writes the world a config file describes."""
+    """Writes the world of a config file, and its words as a vocabulary."""
     run = parse_args(argv, WorldRun)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_world(run.world, run.out)
+    write_vocabulary(world_text.VOCABULARY, Path(run.out, "vocabulary"))
     return 0
 
 

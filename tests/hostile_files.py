@@ -11,7 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 JPEG = b"\xff\xd8\xff\xe0 not a whole picture, but the readers under test do not decode"
+ROOT = Path(__file__).resolve().parent.parent
 PICKLED = "ray.data.arrow_pickled_object"
+
+
+# Runs code with the readers alone: without torch, which takes seconds to import.
+BARE = """
+import sys, types
+package = types.ModuleType("capfilt")
+package.__path__ = ["capfilt"]
+sys.modules["capfilt"] = package
+"""
 
 
 class _Named(pa.ExtensionType):
@@ -38,8 +48,16 @@ class _Touch:
         return Path.touch, (self.marker,)
 
 
+def shard(path: Path, rows: int = 3, **columns: object) -> Path:
+    """A good shard, `columns` replacing or following its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"jpg": [JPEG] * rows, "caption": [f"text {i}" for i in range(rows)], **columns}
+    pq.write_table(pa.table(table), path, row_group_size=7)
+    return path
+
+
 def extension_parquet(path: Path, marker: Path, inside: str = "", name: str = PICKLED) -> Path:
-    """A good shard but for one column that unpickles, flat or `inside` a list or struct, and touches `marker`."""
+    """A good shard, but one column, flat or `inside` a list or struct, unpickles and makes `marker`."""
     values = pa.array([pickle.dumps(_Touch(marker))], pa.large_binary())
     column = pa.ExtensionArray.from_storage(_Named(values.type, name), values)
     if inside == "list":
@@ -51,10 +69,13 @@ def extension_parquet(path: Path, marker: Path, inside: str = "", name: str = PI
 
 
 def dictionary_bomb(path: Path, cell: bytes, rows: int, *, struct: bool = False) -> Path:
-    """A small file in which every row points at the same large image."""
-    images = [{"bytes": cell, "path": None}] * rows if struct else [cell] * rows
+    """Some kilobytes in which every row points at the same large image."""
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([cell]))
+    if struct:
+        images = pa.StructArray.from_arrays([images, pa.nulls(rows, pa.string())], names=["bytes", "path"])
     table = pa.table({"image": images, "caption": ["a cat"] * rows})
-    pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    large_page = {"dictionary_pagesize_limit": 1 << 30, "store_schema": False, "write_statistics": False}
+    pq.write_table(table, path, compression="zstd", **large_page)
     return path
 
 
@@ -66,7 +87,7 @@ def member(
     return info, content
 
 
-def make_tar(path: Path, members: Sequence[tuple[Any, bytes]]) -> Path:
+def make_tar(path: Path, members: Sequence[tuple[tarfile.TarInfo, bytes]]) -> Path:
     with tarfile.open(path, "w") as archive:
         for info, content in members:
             archive.addfile(info, io.BytesIO(content))

@@ -131,7 +131,7 @@ UUID = pa.uuid()
     ],
 )
 def test_extension_types_are_refused_at_any_depth(hidden: pa.DataType) -> None:
-    with pytest.raises(ShardError, match="x.parquet: column 'deep' holds the Arrow extension type"):
+    with pytest.raises(ShardError, match=r"x\.parquet: column 'deep' holds the Arrow extension type"):
         refuse_unsafe(schema(image=pa.binary(), deep=hidden), "x.parquet")
 
 

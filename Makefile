@@ -1,0 +1,78 @@
+# Every run of the project. `make -n TARGET` prints the line behind a target, ready to be copied.
+# A target can also be told which config file to read and any of its keys: CONFIG=... ARGS='section.key=value'.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.installed
+RUN := $(VENV)/bin/python -m
+SHARDS = $(if $(IN),'data.shards=[$(IN)]')
+FOLDER = $(if $(OUT),'out=$(OUT)')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench world pretrain captioner filter tiny-weights capfilt select clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER THRESHOLD FRACTION ARGS PYTHON'
+	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
+	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
+	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml ARGS='optim.lr=1e-4 train.seed=1'"
+
+setup: $(READY)  ## make .venv with the locked packages; any other target does it when needed
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Python 3.11 or newer is needed and "$(PYTHON)" is not; try: make setup PYTHON=python3.11' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install -r requirements.lock
+	@touch $@
+
+demo: $(READY)  ## CapFilt from end to end on a generated corpus, on a CPU
+	$(RUN) pipelines.demo $(or $(CONFIG),configs/tiny/demo.yaml) $(FOLDER) $(ARGS)
+
+test: $(READY)  ## all tests; ARGS='-k select' for some
+	OMP_NUM_THREADS=1 $(RUN) pytest -q $(ARGS)
+
+check: $(READY)  ## lint, format and types
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+bench: $(READY)  ## measure the speed of CapFilt on this machine
+	$(RUN) pipelines.bench $(ARGS)
+
+world: $(READY)  ## draw the generated corpus: noisy, clean and test shards with their truth
+	$(RUN) pipelines.world $(or $(CONFIG),configs/tiny/world.yaml) $(FOLDER) $(ARGS)
+
+pretrain: $(READY)  ## train a MED: ITC + ITM + LM; tiny, unless CONFIG is configs/pretrain_14m_base.yaml or your own
+	$(RUN) pipelines.train_blip $(or $(CONFIG),configs/tiny/pretrain.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+captioner: $(READY)  ## fine-tune a captioner: LM; tiny, unless CONFIG is configs/captioner_coco.yaml or your own
+	$(RUN) pipelines.train_blip $(or $(CONFIG),configs/tiny/captioner.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+filter: $(READY)  ## fine-tune a filter: ITC + ITM; tiny, unless CONFIG is configs/filter_coco.yaml or your own
+	$(RUN) pipelines.train_blip $(or $(CONFIG),configs/tiny/filter.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
+	$(RUN) pipelines.world configs/tiny/world.yaml
+	$(RUN) pipelines.train_blip configs/tiny/pretrain.yaml
+	$(RUN) pipelines.train_blip configs/tiny/captioner.yaml
+	$(RUN) pipelines.train_blip configs/tiny/filter.yaml
+	$(RUN) pipelines.publish configs/tiny/publish.yaml
+
+capfilt: needs-IN needs-OUT needs-CAPTIONER needs-FILTER $(READY)  ## caption and score the shards of IN into OUT
+	$(RUN) pipelines.run_capfilt $(or $(CONFIG),configs/capfilt.yaml) 'input=$(IN)' 'out=$(OUT)' \
+		'capfilt.captioner=$(CAPTIONER)' 'capfilt.filter=$(FILTER)' $(ARGS)
+
+select: needs-OUT $(READY)  ## keep the texts of OUT that score THRESHOLD (0.5), or the best FRACTION of them
+	$(RUN) pipelines.select $(or $(CONFIG),configs/select.yaml) 'out=$(OUT)' \
+		$(if $(THRESHOLD),threshold=$(THRESHOLD)) $(if $(FRACTION),fraction=$(FRACTION)) $(ARGS)
+
+clean:  ## remove what the demo and the tools left; your runs and .venv stay
+	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find blip capfilt pipelines tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Before anything is installed or loaded: stop, in one line and with status 2, where a variable is not given.
+needs-%:
+	$(if $($*),,$(error make $(MAKECMDGOALS) needs $*=...; `make help` shows an example))
