@@ -267,6 +267,8 @@ def _dataclass(kind: type[C], values: Mapping[str, Any], where: str) -> C:
     for name in given:
         if is_dataclass(types[name]):
             given[name] = _dataclass(types[name], given[name], f"{where}.{name}")
+        elif isinstance(given[name], list):  # JSON has no tuples
+            given[name] = tuple(given[name])
     return kind(**given)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blip import losses
 from blip.checkpoint import save_model
-from blip.generate import Decoding, generate
+from blip.generate import BEAM_SEARCH, Decoding, generate
 from blip.layers import KV, bert_init
 from blip.med import MED, MEDConfig
 from blip.momentum import Momentum, MomentumConfig
@@ -122,7 +122,7 @@ class Blip(nn.Module):
             raise ValueError("captions need a tokenizer: Blip(config, tokenizer) or load_blip(folder)")
         image = self.med.project_image(self.image_tokens(pixels))
         start = self.tokenizer.prompt(prompt).to(pixels.device)  # [P]
-        ids = generate(self.med, image, start, self.tokenizer.sep, decoding or Decoding(), seeds)
+        ids = generate(self.med, image, start, self.tokenizer.sep, decoding or BEAM_SEARCH, seeds)
         return self.tokenizer.decode(ids[:, len(start) :])
 
     def keep(self, *, reads: bool, writes: bool) -> "Blip":
@@ -151,12 +151,13 @@ class Blip(nn.Module):
 
     def with_teacher(self, config: MomentumConfig) -> "Blip":
         """Give ITC a momentum teacher that starts as a copy of this model."""
-        text = replace(self.config.text, writes=False)
         heads = nn.ModuleDict(
             {name: copy.deepcopy(self._head(name)) for name in ("vision_proj", "text_proj")}
         )
+        text = replace(self.config.text, writes=False)
         self.teacher = Momentum(config, copy.deepcopy(self.vision), text, heads, self.config.embed)
         self.teacher.follow(self, decay=0.0)
+        self.teacher.train(self.training)
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

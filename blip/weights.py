@@ -35,6 +35,10 @@ from blip.weights_names import DECODER, ENCODER, bert_name, tied_copies, to_ours
 
 HEAD_WIDTH = 64  # channels per attention head, in every BERT and ViT that BLIP starts from
 POSITIONS = "pos_embed"
+BERT_WORDS, BERT_BIAS = "embeddings.word_embeddings.weight", "cls.predictions.bias"
+NOT_OF_THE_MED = (
+    r"embeddings\.(token_type_embeddings\.weight|position_ids)|pooler\..*|cls\.seq_relationship\..*"
+)
 
 M = TypeVar("M", Blip, BlipVQA)
 
@@ -82,9 +86,7 @@ def init_vision(model: Blip, source: str | Path) -> None:
     BLIP: deit_base_patch16_224 for base, vit_large_patch16_224.augreg_in21k for large.
     """
     found = read_tensors(Path(source)) if Path(source).is_file() else pretrained_vit(str(source))
-    tensors = {
-        name: tensor for name, tensor in found.items() if not name.startswith("head.")
-    }  # its classifier
+    tensors = {k: v for k, v in found.items() if not k.startswith("head.")}  # its classifier
     if POSITIONS in tensors:
         tensors[POSITIONS] = interpolate_position_embedding(tensors[POSITIONS], model.config.vision.tokens)
     vit = model.vision.vit
@@ -102,32 +104,14 @@ def init_text(model: Blip, source: str | Path) -> None:
     if path.is_dir():
         _check_bert(path / CONFIG_FILE, model.config.text)
     theirs = {_modern(name): tensor for name, tensor in read_tensors(path).items()}
-    words = "embeddings.word_embeddings.weight"
-    if words in theirs and len(theirs[words]) not in (model.config.dec_id, model.config.text.vocab_size):
-        raise ValueError(
-            f"{source} has {len(theirs[words])} words, but [DEC] is {model.config.dec_id} in the model"
-        )
-    has_head = "cls.predictions.bias" in theirs
-    ours = model.med.state_dict()
-    names = {
-        k: bert_name(k) for k in ours if ".look." not in k and (has_head or not k.startswith("lm_head."))
-    }
-    copies, unequal = tied_copies(theirs, "", "cls.predictions.")
-    unused = re.compile(
-        r"pooler\..*|cls\.(?!predictions).*|embeddings\.(token_type_embeddings\.weight|position_ids)"
-    )
-    left = {name for name in theirs.keys() - set(names.values()) - copies if not unused.fullmatch(name)}
-    if not model.config.text.writes:
-        left = {name for name in left if not name.startswith("cls.")}
-    check_names(str(source), set(names.values()) - theirs.keys(), left, unequal)
+    names = _names_in_bert(model, theirs, str(source))
+    weights = model.med.state_dict()
     for name, outside in names.items():
-        grows = name in ("embeddings.word.weight", "lm_head.bias")
-        ours[name] = (
-            torch.cat([theirs[outside], ours[name][len(theirs[outside]) :].cpu()])
-            if grows
-            else theirs[outside]
-        )
-    model.med.load_state_dict(ours)
+        found = theirs[outside]
+        if outside in (BERT_WORDS, BERT_BIAS):  # BERT knows neither [DEC] nor [ENC]
+            found = torch.cat([found, weights[name][len(found) :].to(found)])
+        weights[name] = found
+    model.med.load_state_dict(weights)
 
 
 def _find(source: str | Path, wanted: type[M]) -> tuple[Path, BlipConfig, dict[str, Tensor]]:
@@ -273,6 +257,22 @@ def _modern(name: str) -> str:
     """A name of BERT without the model's prefix; LayerNorm's weights were gamma and beta at first."""
     name = name.removeprefix("bert.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _names_in_bert(model: Blip, theirs: Mapping[str, Tensor], source: str) -> dict[str, str]:
+    """Our names of MED weights -> BERT's, for all that BERT has. Raises ValueError where it is not our BERT."""
+    new, end = min(model.config.dec_id, model.config.enc_id), model.config.text.vocab_size
+    if BERT_WORDS in theirs and len(theirs[BERT_WORDS]) not in (new, end):
+        raise ValueError(
+            f"{source} has {len(theirs[BERT_WORDS])} words, the model {new} before its [DEC] and [ENC]"
+        )
+    absent = (".look.",) if BERT_BIAS in theirs else (".look.", "lm_head.")
+    names = {k: bert_name(k) for k in model.med.state_dict() if not any(part in k for part in absent)}
+    copies, unequal = tied_copies(theirs, "", "cls.predictions.")
+    unused = NOT_OF_THE_MED if model.config.text.writes else rf"{NOT_OF_THE_MED}|cls\..*"
+    left = {k for k in theirs.keys() - set(names.values()) - copies if not re.fullmatch(unused, k)}
+    check_names(source, set(names.values()) - theirs.keys(), left, unequal)
+    return names
 
 
 def _check_bert(path: Path, text: MEDConfig) -> None:

@@ -23,6 +23,10 @@ def export_hf(model: Blip, folder: str | Path) -> None:
     in `folder`/captioner and `folder`/retrieval. The temperature of ITC has no place there. transformers
     matches with [CLS] where it should be [ENC]: its callers must put [ENC] first themselves.
     """
+    if model.config.vision.stem:
+        raise ValueError(
+            "transformers' BLIP has no convolutional stem; only a model with stem () can be exported"
+        )
     folder = Path(folder)
     both = model.config.text.reads and model.config.text.writes
     if model.config.text.writes:

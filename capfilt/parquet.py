@@ -270,7 +270,7 @@ def _image_column(column: pa.Array, images: pa.Array, wanted: pa.DataType) -> pa
     if column.type.get_field_index("path") >= 0 and is_string(column.type.field("path").type):
         raw = pc.struct_field(column, "path").cast(pa.large_binary())
         for i, size in enumerate(pc.binary_length(raw).to_pylist()):
-            if size and size <= MAX_KEY_CHARS and images[i].is_valid:
+            if size and size <= MAX_KEY_CHARS:
                 paths[i] = Path(raw[i].as_py().decode(errors="replace").replace("\\", "/")).name
     parts = [images.cast(pa.binary()), pa.array(paths, pa.string())]
     return pa.StructArray.from_arrays(parts, fields=list(IMAGE), mask=pc.is_null(images))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from blip.generate import Decoding
+from blip.generate import NUCLEUS, Decoding
 from blip.image import ImageError, decode, image_transform
 from blip.weights import load_blip
 from capfilt.captioner import Captioner
@@ -42,7 +42,7 @@ class CapFiltConfig:
     captioner: str  # checkpoint folder, Hugging Face folder or id, salesforce .pth
     filter: str
     captions: int = 1  # k synthetic captions per image; the paper takes one
-    decoding: Decoding = field(default_factory=lambda: Decoding(top_p=0.9))
+    decoding: Decoding = NUCLEUS
     prompt: str = "a picture of "
     seed: int = 0
     batch_size: int = 32

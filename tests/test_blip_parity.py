@@ -1,6 +1,8 @@
 """What we load computes what transformers computes, and what we export too. float32, random weights."""
 
+import os
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,6 +16,10 @@ from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 from blip import Blip, BlipVQA, export_hf, image_transform, load_blip, load_vqa
 from blip.generate import Decoding
 from blip.vision import VisionConfig
+
+slow = pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="2 GB and a minute; set RUN_SLOW=1 to run")
+
+Theirs = TypeVar("Theirs", bound=transformers.PreTrainedModel)
 
 CLOSE = 1e-4
 WORDS = 50  # of the tiny vocabulary: [DEC] is 48, [ENC] 49
@@ -49,6 +55,16 @@ def real_config(image_size: int) -> transformers.BlipConfig:
     return transformers.BlipConfig(
         text_config={"num_attention_heads": 12}, vision_config={"image_size": image_size}
     )
+
+
+def real(kind: type[Theirs], image_size: int) -> Theirs:
+    """A base-size model with random weights, drawn once: transformers would draw its own first."""
+    with torch.device("meta"):
+        model = kind(real_config(image_size))
+    model.to_empty(device="cpu").tie_weights()
+    for positions in model.buffers():
+        positions.copy_(torch.arange(positions.size(-1)))
+    return randomize(model)
 
 
 def inputs(config: transformers.BlipConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,20 +233,20 @@ def test_an_answer_does_not_depend_on_the_longest_question(tmp_path: Path) -> No
     assert len(set(alone)) == 3
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("image_size", [224, 384])
 def test_real_captioner(tmp_path: Path, image_size: int) -> None:
-    theirs = randomize(BlipForConditionalGeneration(real_config(image_size)))
+    theirs = real(BlipForConditionalGeneration, image_size)
     theirs.save_pretrained(tmp_path)
     ours = load_blip(tmp_path, tokenizer=tiny_tokenizer(tmp_path / "words", 30524))
     assert ours.config.vision == VisionConfig(image_size=image_size, eps=1e-5)
     assert_same_captioner(ours, theirs)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("image_size", [224, 384])
 def test_real_filter(tmp_path: Path, image_size: int) -> None:
-    theirs = randomize(BlipForImageTextRetrieval(real_config(image_size)))
+    theirs = real(BlipForImageTextRetrieval, image_size)
     theirs.save_pretrained(tmp_path)
     ours = load_blip(tmp_path, tokenizer=tiny_tokenizer(tmp_path / "words", 30524))
     assert_same_filter(ours, theirs)
@@ -239,9 +255,9 @@ def test_real_filter(tmp_path: Path, image_size: int) -> None:
     assert_same_filter(ours, BlipForImageTextRetrieval.from_pretrained(tmp_path / "back").eval())
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("image_size", [224, 384])
 def test_real_vqa(tmp_path: Path, image_size: int) -> None:
-    theirs = randomize(BlipForQuestionAnswering(real_config(image_size)))
+    theirs = real(BlipForQuestionAnswering, image_size)
     theirs.save_pretrained(tmp_path)
     assert_same_vqa(load_vqa(tmp_path, tokenizer=tiny_tokenizer(tmp_path / "words", 30524)), theirs)

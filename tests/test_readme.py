@@ -1,4 +1,4 @@
-"""What README.md says can be done. Every check is a generator of complaints, and is shown below to complain."""
+"""What README.md says can be done. A check is a generator of complaints, and is shown below to complain."""
 
 import ast
 import importlib
@@ -32,7 +32,7 @@ def spans(text: str) -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """Every shell command as its words: the lines of bash blocks, and spans that begin with make or pip."""
-    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     lines += [span for span in spans(text) if span.startswith(("make ", "pip "))]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -125,9 +125,16 @@ def test_make_stops_in_one_line_where_a_variable_is_missing() -> None:
     assert len(done.stderr.splitlines()) == 1 and "make capfilt needs CAPTIONER=" in done.stderr
 
 
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_every_entry_that_make_starts_exists() -> None:
+    entries = set(re.findall(r"\$\(RUN\) (pipelines\.\w+)", MAKEFILE))
+    assert [entry for entry in sorted(entries) if find_spec(entry) is None] == []
+
+
 def test_help_names_every_target() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    declared = re.search(r"^\.PHONY:(.*)$", makefile, re.MULTILINE)
+    declared = re.search(r"^\.PHONY:(.*)$", MAKEFILE, re.MULTILINE)
     assert declared is not None
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(declared[1].split()) == set(re.findall(r"^  make ([a-z-]+) {2,}\S", done.stdout, re.MULTILINE))
