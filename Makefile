@@ -39,8 +39,8 @@ check: $(READY)  ## lint, format and types
 	$(RUN) ruff format --check
 	$(RUN) mypy
 
-bench: $(READY)  ## measure the speed of CapFilt on this machine
-	$(RUN) pipelines.bench $(ARGS)
+bench: $(READY)  ## measure on this machine: captions and scores beside transformers, Ray beside plain processes
+	$(RUN) pipelines.bench $(or $(CONFIG),configs/bench.yaml) $(FOLDER) $(ARGS)
 
 world: $(READY)  ## draw the generated corpus: noisy, clean and test shards with their truth
 	$(RUN) pipelines.world $(or $(CONFIG),configs/tiny/world.yaml) $(FOLDER) $(ARGS)

@@ -85,7 +85,7 @@ class _Busy:
 
 
 class _Loop:
-    """Start actors, hand a split to each that is ready, listen, replace the dead. `run` returns when all ended."""
+    """Start actors, hand a split to each that is ready, listen, replace the dead, until all splits ended."""
 
     def __init__(self, job: Job, watch: Watch, cluster: RayConfig):
         self.job, self.watch, self.cluster = job, watch, cluster

@@ -1,4 +1,4 @@
-"""The filter: (image, texts) -> does the text match? P(match) of ITM and the cosine of ITC (BLIP section 3.3)."""
+"""The filter: (image, texts) -> P(match) of ITM and the cosine of ITC (BLIP section 3.3)."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
 """A run over many shards, whoever does the work: what is to do, what is done, how it goes, how it ended.
 
-`run_local` and `run_on_ray` differ only in where the workers live; both begin with `prepare` and end with `finish`.
+`run_local` and `run_on_ray` differ only in where the workers live: both begin with `prepare` and end with
+`finish`.
 """
 
 import hashlib
@@ -103,7 +104,9 @@ class Watch:
         self.failed: dict[str, str] = {}
         self.total = sum(split.stop - split.start for split in job.todo if split.stop is not None)
         already = len(job.splits) - len(job.todo)
-        self._say(f"{len(job.splits)} splits, {already} done before, {self.total or 'unknown number of'} rows to do")
+        self._say(
+            f"{len(job.splits)} splits, {already} done before, {self.total or 'unknown number of'} rows to do"
+        )
 
     def hear(self, message: Progress | ShardResult) -> None:
         if isinstance(message, Progress):
@@ -127,8 +130,8 @@ class Watch:
         left = f"{(self.total - self.rows) / rate:.0f} s left" if rate and self.total else "time left unknown"
         self._say(
             f"shards {self.ended}/{len(self.job.todo)} | rows {self.rows} at {rate:.1f}/s | "
-            f"ITM >= {DEFAULT_THRESHOLD}: web {web:.0%}, synthetic {synthetic:.0%} | errors {self.stats.errors} | "
-            f"failed shards {len(self.failed)} | {left}"
+            f"ITM >= {DEFAULT_THRESHOLD}: web {web:.0%}, synthetic {synthetic:.0%} | "
+            f"errors {self.stats.errors} | failed shards {len(self.failed)} | {left}"
         )
 
     def _say(self, line: str) -> None:

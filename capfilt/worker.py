@@ -1,7 +1,7 @@
 """One worker: one process on one device that owns both models and turns a split into a scored shard.
 
-It knows no Ray and no other worker. What it writes depends on the split and the config alone: batches lie on a
-fixed grid, a bad row leaves a hole in its batch, chance comes from the row's key.
+It knows no Ray and no other worker. What it writes depends on the split and the config alone: batches lie on
+a fixed grid, a bad row leaves a hole in its batch, chance comes from the row's key.
 """
 
 import time
@@ -71,7 +71,7 @@ class CapFiltConfig:
 
 
 def settings(config: CapFiltConfig) -> CapFiltConfig:
-    """The config without what does not decide the content: where the weights lie (their digests do) and device."""
+    """The config without what does not decide the content: device, and where the weights lie."""
     return replace(config, captioner="", filter="", device="")
 
 

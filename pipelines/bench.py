@@ -1,12 +1,12 @@
-"""How fast this machine writes captions, scores texts and runs CapFilt, each beside what there is to compare it with.
+"""How fast this machine writes captions, scores texts and runs CapFilt, beside what there is to compare with.
 
-captions, scores   our models beside those of transformers: one process, the same random weights, in turns. Nothing is
-                   timed unless both sides write the same ids and give the same P(match).
-ray                CapFilt on Ray beside the same workers as plain processes, on the same shards; nothing is told unless
-                   both write the same bytes.
-capfilt            CapFilt in one process, and where its time goes.
+captions, scores   our models and those of transformers, in one process and in turns, with the same random
+                   weights; timed only after both wrote the same ids and gave the same P(match)
+ray                CapFilt on Ray and the same workers as plain processes, on the same shards; told only if
+                   both wrote the same bytes
+capfilt            CapFilt in one process, and where its time goes
 
-Prints medians, and appends everything that was measured to OUT/bench.json, one JSON object a line.
+Prints medians, and appends all that was measured to OUT/bench.json, one JSON object a line.
 """
 
 import hashlib
@@ -44,23 +44,28 @@ from pipelines.config import parse_args, run_main
 from pipelines.world import WorldConfig, write_world
 
 T = TypeVar("T")
+Work = Callable[[], object]
 
 BERT_WORDS = 30522  # so that the output layer has its real size
 PROMPT = "a picture of "
-TEXT_WORDS = (10, 8)  # of the two texts of an image: a web text and a synthetic one
+TEXT_WORDS = (10, 8)  # of the two texts of an image, found and written; [ENC] and [SEP] come on top
 CLOSE = 1e-4  # of probabilities
-OURS, THEIRS = "here", "transformers"
 
 
 @dataclass(frozen=True)
 class BenchRun:
     out: str
     capfilt: CapFiltConfig  # of the parts ray and capfilt, on the generated world
-    parts: tuple[Literal["captions", "scores", "ray", "capfilt"], ...] = ("captions", "scores", "ray", "capfilt")
+    parts: tuple[Literal["captions", "scores", "ray", "capfilt"], ...] = (
+        "captions",
+        "scores",
+        "ray",
+        "capfilt",
+    )
     model: BlipConfig = field(default_factory=lambda: BlipConfig.of("base", image_size=384))
     batch: int = 8  # images, of the parts captions and scores
     tokens: int = 20  # of every caption, the prompt's included
-    seed: int = 0  # of the random weights and images
+    seed: int = 0  # of the random weights, images and texts
     repeats: int = 3
     world: WorldConfig = field(default_factory=WorldConfig)
     workers: int = 2  # of the part ray
@@ -73,7 +78,7 @@ class BenchRun:
 
 @dataclass(frozen=True)
 class Result:
-    """The same work on each side: seconds of every repeat, and what else is worth knowing."""
+    """The same work on one or two sides: seconds of every repeat, and what else is worth knowing."""
 
     name: str
     unit: str
@@ -81,13 +86,15 @@ class Result:
     seconds: Mapping[str, Sequence[float]]  # side -> repeats
     more: Mapping[str, float] = field(default_factory=dict)
 
-    def rate(self, side: str) -> float:
-        """Units a second, by the median."""
-        return self.amount / statistics.median(self.seconds[side])
+    @property
+    def rates(self) -> dict[str, float]:
+        """Side -> units a second, by the median."""
+        return {side: self.amount / statistics.median(each) for side, each in self.seconds.items()}
 
+    @property
     def ratio(self) -> float | None:
         """How many times the first side is as fast as the second; None where there is one side only."""
-        rates = [self.rate(side) for side in self.seconds]
+        rates = list(self.rates.values())
         return rates[0] / rates[1] if len(rates) == 2 else None
 
 
@@ -98,14 +105,15 @@ def main(argv: list[str]) -> int:
     print("  ".join(f"{name} {value}" for name, value in where.items()), flush=True)
     with Path(run.out, "bench.json").open("a", encoding="utf-8") as log:
         for result in measure(run):
-            print(row(result), flush=True)
-            print(json.dumps(record(result) | {"machine": where, "run": asdict(run)}), file=log, flush=True)
+            print(lines(result), flush=True)
+            found = asdict(result) | {"rates": result.rates, "ratio": result.ratio}
+            print(json.dumps(found | {"machine": where, "run": asdict(run)}), file=log, flush=True)
     return 0
 
 
 def measure(run: BenchRun) -> Iterator[Result]:
     """Every part that is asked for; each frees its models before the next."""
-    with TemporaryDirectory(dir=run.out) as folder:
+    with TemporaryDirectory(dir=run.out, prefix="bench-") as folder:
         if "captions" in run.parts:
             yield from measure_captions(run, Path(folder, "captions"))
         if "scores" in run.parts:
@@ -116,8 +124,32 @@ def measure(run: BenchRun) -> Iterator[Result]:
             yield measure_capfilt(run, Path(folder, "capfilt"))
 
 
+def machine() -> dict[str, str | int]:
+    """What the times depend on, besides the code."""
+    info = Path("/proc/cpuinfo")
+    entries = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in entries if line.startswith("model name")]
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def lines(result: Result) -> str:
+    """One line of the table, and one for what else was found."""
+    line = f"{result.name:<28}"
+    line += "   ".join(f"{side} {rate:8.3f} {result.unit}/s" for side, rate in result.rates.items())
+    line += f"   {result.ratio:6.2f}x" if result.ratio is not None else ""
+    more = ", ".join(f"{name} {value:.2f}" for name, value in result.more.items())
+    return f"{line}\n{'':<28}({more})" if more else line
+
+
 def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """What each side returns, every time. The order turns round each time, so that warm caches favour no side."""
+    """What each side returns, every time. The order turns round each time: warm caches favour no side."""
     found: dict[str, list[T]] = {name: [] for name in sides}
     for turn in range(repeats):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
@@ -125,178 +157,34 @@ def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, li
     return found
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-# ---- captions ------------------------------------------------------------------------------------
+# ---- beside transformers -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Captioners:
-    """The same captioner here and in transformers, and what both are asked to write."""
+class Pair:
+    """The same weights here and in transformers, and the images that both are shown."""
 
     ours: Blip
     theirs: Any
+    tokenizer: Tokenizer
     pixels: Tensor  # [B, 3, S, S]
-    prompt: Tensor  # [P], [DEC] first
-    end: int
-
-    @torch.inference_mode()
-    def write(self, decoding: Decoding) -> Tensor:
-        """Ids [B, T]."""
-        image = self.ours.med.project_image(self.ours.image_tokens(self.pixels))
-        return generate(self.ours.med, image, self.prompt, self.end, decoding, range(len(self.pixels)))
-
-    @torch.inference_mode()
-    def write_theirs(self, decoding: Decoding) -> Tensor:
-        """Ids [B, T]; the image's own forward is a part of their `generate`."""
-        start = torch.cat([self.prompt, self.prompt.new_tensor([self.end])])  # their generate cuts the last id
-        drawn = {"top_p": decoding.top_p, "top_k": decoding.top_k} if decoding.top_p is not None else {}
-        ids: Tensor = self.theirs.generate(
-            self.pixels,
-            input_ids=start.repeat(len(self.pixels), 1),
-            num_beams=decoding.beams,
-            do_sample=decoding.top_p is not None,
-            min_length=decoding.min_length,
-            max_length=decoding.max_length,
-            length_penalty=decoding.length_penalty,
-            repetition_penalty=decoding.repetition_penalty,
-            **drawn,
-        )
-        return ids
 
 
-def measure_captions(run: BenchRun, folder: Path) -> Iterator[Result]:
-    """Nucleus sampling and beam search, as CapFilt uses them, but for exactly `tokens` tokens each."""
-    captioners = make_captioners(run, folder)
-    greedy, beams, nucleus = (
-        replace(decoding, min_length=run.tokens, max_length=run.tokens)  # so the end comes nowhere too early
-        for decoding in (Decoding(), BEAM_SEARCH, NUCLEUS)
-    )
-    check_captions("greedy decoding", captioners.write(greedy), captioners.write_theirs(greedy))
-    check_captions("beam search", captioners.write(beams), captioners.write_theirs(beams))
-    for name, decoding in (
-        (f"captions, nucleus {nucleus.top_p}", nucleus),
-        (f"captions, {beams.beams} beams", beams),
-    ):
-        sides = {
-            OURS: partial(seconds, partial(captioners.write, decoding)),
-            THEIRS: partial(seconds, partial(captioners.write_theirs, decoding)),
-        }
-        yield Result(name, "images", run.batch, in_turns(sides, run.repeats))
-
-
-def make_captioners(run: BenchRun, folder: Path) -> Captioners:
-    config = replace(run.model, text=replace(run.model.text, reads=False))
-    tokenizer = bench_tokenizer(folder / "words")
-    ours = random_blip(config, tokenizer, run.seed)
-    export_hf(ours, folder / "hf")
-    theirs = BlipForConditionalGeneration.from_pretrained(folder / "hf", local_files_only=True).eval()
-    pixels = pictures(run.batch, config.vision.image_size, run.seed)
-    return Captioners(ours, theirs, pixels, tokenizer.prompt(PROMPT), tokenizer.sep)
-
-
-def check_captions(name: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raises ValueError where two captions of an image differ, or where all images have the same one."""
-    if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-        where = f"at {int((ours != theirs).sum())} places" if ours.shape == theirs.shape else "in their length"
-        raise ValueError(
-            f"{name}: ids {list(ours.shape)} here and {list(theirs.shape)} of transformers differ {where}, so nothing "
-            "is timed; try another seed, and if that differs too, one side is wrong"
-        )
-    if len(ours.unique(dim=0)) == 1:
-        raise ValueError(
-            f"{name}: all {len(ours)} images have the same caption, so its equality says little and nothing is timed; "
-            "try another seed"
-        )
-
-
-# ---- scores --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Filters:
-    """The same filter here and in transformers, and the pairs that both score."""
-
-    ours: Filter
-    theirs: Any
-    pixels: Tensor  # [B, 3, S, S]
-    texts: Sequence[Sequence[str]]  # n of each image
-
-    @torch.inference_mode()
-    def score(self) -> Tensor:
-        """P(match) [B, n]. Does more than the other side: the cosine of ITC comes with it."""
-        return self.ours(self.pixels, self.texts)[0]
-
-    @torch.inference_mode()
-    def score_theirs(self) -> Tensor:
-        """P(match) [B, n], called as it is documented: one image for every text."""
-        tokenizer = self.ours.tokenizer
-        ids, mask = tokenizer([text for row in self.texts for text in row], self.ours.max_length)
-        ids[:, 0] = tokenizer.enc  # they leave [CLS] there; with it they would score something else
-        count = len(self.texts[0])
-        images = self.pixels.repeat_interleave(count, 0)  # [B * n, 3, S, S]
-        found = self.theirs(input_ids=ids, pixel_values=images, attention_mask=mask, use_itm_head=True)
-        probabilities: Tensor = found.itm_score.softmax(-1)[:, 1]
-        return probabilities.unflatten(0, (-1, count))
-
-
-def measure_scores(run: BenchRun, folder: Path) -> Result:
-    filters = make_filters(run, folder)
-    check_scores(filters.score(), filters.score_theirs())
-    sides = {OURS: partial(seconds, filters.score), THEIRS: partial(seconds, filters.score_theirs)}
-    name = f"scores, {len(TEXT_WORDS)} texts an image"
-    return Result(name, "texts", run.batch * len(TEXT_WORDS), in_turns(sides, run.repeats))
-
-
-def make_filters(run: BenchRun, folder: Path) -> Filters:
-    config = replace(run.model, text=replace(run.model.text, writes=False))
-    tokenizer = bench_tokenizer(folder / "words")
-    blip = random_blip(config, tokenizer, run.seed)
-    export_hf(blip, folder / "hf")
-    theirs = BlipForImageTextRetrieval.from_pretrained(folder / "hf", local_files_only=True).eval()
-    ours = Filter(blip, run.capfilt.max_words, run.capfilt.max_length)
-    generator = torch.Generator().manual_seed(run.seed)
-    texts = [[random_text(words, generator) for words in TEXT_WORDS] for _ in range(run.batch)]
-    return Filters(ours, theirs, pictures(run.batch, config.vision.image_size, run.seed), texts)
-
-
-def check_scores(ours: Tensor, theirs: Tensor) -> None:
-    """Raises ValueError where two P(match) differ by more than 1e-4, or where they are all the same."""
-    if not (difference := float((ours - theirs).abs().max())) <= CLOSE:  # so written, NaN is refused too
-        raise ValueError(
-            f"P(match) here and of transformers differ by {difference:.2g}, allowed is {CLOSE:g}, so nothing is timed; "
-            "one side is wrong"
-        )
-    if float(ours.max() - ours.min()) < 100 * CLOSE:
-        raise ValueError("all pairs have the same P(match), so its equality says little and nothing is timed")
-
-
-# ---- random models, words and images -------------------------------------------------------------
-
-
-def bench_tokenizer(folder: Path) -> Tokenizer:
-    """As many words as BERT has: those of the prompt, and w0, w1, ..."""
+def make_pair(run: BenchRun, folder: Path, their_class: Any, *, reads: bool, writes: bool) -> Pair:
     words = PROMPT.split()
     words += [f"w{i}" for i in range(BERT_WORDS - len(SPECIAL) - len(words))]
-    write_vocabulary(words, folder)
-    return Tokenizer(folder)
+    write_vocabulary(words, folder / "words")
+    tokenizer = Tokenizer(folder / "words")
+    config = replace(run.model, text=replace(run.model.text, reads=reads, writes=writes))
+    ours = draw_weights(Blip(config, tokenizer).eval(), run.seed)
+    export_hf(ours, folder / "hf")
+    theirs = their_class.from_pretrained(folder / "hf", local_files_only=True).eval()
+    return Pair(ours, theirs, tokenizer, pictures(run.batch, config.vision.image_size, run.seed))
 
 
-def random_text(words: int, generator: torch.Generator) -> str:
-    return " ".join(f"w{i}" for i in torch.randint(0, 30_000, (words,), generator=generator).tolist())
-
-
-def random_blip(config: BlipConfig, tokenizer: Tokenizer, seed: int) -> Blip:
-    """In eval mode. Weights so large that words, positions and images all matter: a flat model agrees with anything."""
-    if config.text.vocab_size != len(tokenizer):
-        raise ValueError(
-            f"model.text.vocab_size is {config.text.vocab_size}; here it must be BERT's {len(tokenizer)}, with [DEC] and [ENC]"
-        )
-    model, generator = Blip(config, tokenizer).eval(), torch.Generator().manual_seed(seed)
+def draw_weights(model: Blip, seed: int) -> Blip:
+    """So large that words, positions and images all matter: a flat model would agree with anything."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
@@ -313,7 +201,115 @@ def pictures(count: int, size: int, seed: int) -> Tensor:
     """[count, 3, size, size] of coarse patches and fine noise, each picture in a colour of its own."""
     generator = torch.Generator().manual_seed(seed)
     colour, coarse, fine = (torch.randn(count, 3, side, side, generator=generator) for side in (1, 6, size))
-    return 2 * colour + F.interpolate(coarse, size=(size, size), mode="nearest") + 0.5 * fine
+    return 2 * colour + F.interpolate(coarse, size=(size, size)) + 0.5 * fine
+
+
+def race(run: BenchRun, name: str, unit: str, amount: int, ours: Work, theirs: Work) -> Result:
+    """Both sides ran before, when their answers were compared, so nothing is warmed up here."""
+    sides = {"here": partial(seconds, ours), "transformers": partial(seconds, theirs)}
+    return Result(name, unit, amount, in_turns(sides, run.repeats))
+
+
+def seconds(work: Work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure_captions(run: BenchRun, folder: Path) -> Iterator[Result]:
+    """Nucleus sampling and beam search as in CapFilt, but of exactly `tokens` tokens: no end comes before."""
+    pair = make_pair(run, folder, BlipForConditionalGeneration, reads=False, writes=True)
+    greedy, beams, nucleus = (
+        replace(decoding, min_length=run.tokens, max_length=run.tokens)
+        for decoding in (Decoding(), BEAM_SEARCH, NUCLEUS)
+    )
+    for name, decoding in (("greedy decoding", greedy), ("beam search", beams)):
+        check_captions(name, caption(pair, decoding), caption_there(pair, decoding))
+    for name, decoding in ((f"nucleus {nucleus.top_p}", nucleus), (f"{beams.beams} beams", beams)):
+        ours, theirs = partial(caption, pair, decoding), partial(caption_there, pair, decoding)
+        yield race(run, f"captions, {name}", "images", run.batch, ours, theirs)
+
+
+@torch.inference_mode()
+def caption(pair: Pair, decoding: Decoding) -> Tensor:
+    """Ids [B, T]."""
+    image = pair.ours.med.project_image(pair.ours.image_tokens(pair.pixels))
+    start, seeds = pair.tokenizer.prompt(PROMPT), range(len(pair.pixels))
+    return generate(pair.ours.med, image, start, pair.tokenizer.sep, decoding, seeds)
+
+
+@torch.inference_mode()
+def caption_there(pair: Pair, decoding: Decoding) -> Tensor:
+    """Ids [B, T]. The forward of the images is a part of transformers' `generate`."""
+    start = [*pair.tokenizer.prompt(PROMPT).tolist(), pair.tokenizer.sep]  # their generate cuts the last id
+    drawn = {"top_p": decoding.top_p, "top_k": decoding.top_k} if decoding.top_p is not None else {}
+    ids: Tensor = pair.theirs.generate(
+        pair.pixels,
+        input_ids=torch.tensor([start] * len(pair.pixels)),
+        num_beams=decoding.beams,
+        do_sample=decoding.top_p is not None,
+        min_length=decoding.min_length,
+        max_length=decoding.max_length,
+        length_penalty=decoding.length_penalty,
+        repetition_penalty=decoding.repetition_penalty,
+        **drawn,
+    )
+    return ids
+
+
+def check_captions(name: str, ours: Tensor, theirs: Tensor) -> None:
+    """Raises ValueError where two captions of an image differ, or where all images have the same one."""
+    if not torch.equal(ours, theirs):
+        raise ValueError(
+            f"{name}: the ids here and those of transformers differ, so nothing is timed; try another seed, "
+            f"and if they differ again, one side is wrong: {ours.tolist()} and {theirs.tolist()}"
+        )
+    if len(ours.unique(dim=0)) == 1:
+        raise ValueError(f"{name}: all images have the same caption, which proves little; try another seed")
+
+
+def measure_scores(run: BenchRun, folder: Path) -> Result:
+    """All texts of all images in one call."""
+    pair = make_pair(run, folder, BlipForImageTextRetrieval, reads=True, writes=False)
+    judge = Filter(pair.ours, run.capfilt.max_words, run.capfilt.max_length)
+    numbers = torch.randint(
+        30_000, (run.batch, max(TEXT_WORDS)), generator=torch.Generator().manual_seed(run.seed)
+    )
+    texts = [[" ".join(f"w{i}" for i in row[:words]) for words in TEXT_WORDS] for row in numbers.tolist()]
+    ours, theirs = partial(score, judge, pair, texts), partial(score_there, judge, pair, texts)
+    check_scores(ours(), theirs())
+    count = len(TEXT_WORDS)
+    return race(run, f"scores, {count} texts an image", "texts", count * run.batch, ours, theirs)
+
+
+@torch.inference_mode()
+def score(judge: Filter, pair: Pair, texts: Sequence[Sequence[str]]) -> Tensor:
+    """P(match) [B, n]. More work than on the other side: the cosine of ITC comes with it."""
+    return judge(pair.pixels, texts)[0]
+
+
+@torch.inference_mode()
+def score_there(judge: Filter, pair: Pair, texts: Sequence[Sequence[str]]) -> Tensor:
+    """P(match) [B, n] by transformers, called as it documents: every text has an image of its own."""
+    ids, mask = pair.tokenizer([text for each in texts for text in each], judge.max_length)
+    ids[:, 0] = pair.tokenizer.enc  # left at [CLS] there, which scores something else
+    count = len(texts[0])
+    images = pair.pixels.repeat_interleave(count, 0)  # [B * n, 3, S, S]
+    found = pair.theirs(input_ids=ids, pixel_values=images, attention_mask=mask, use_itm_head=True)
+    scores: Tensor = found.itm_score.softmax(-1)[:, 1].unflatten(0, (-1, count))
+    return scores
+
+
+def check_scores(ours: Tensor, theirs: Tensor) -> None:
+    """Raises ValueError where two P(match) differ by more than 1e-4, or where they are all the same."""
+    difference = float((ours - theirs).abs().max())
+    if not difference <= CLOSE:  # so written, NaN is refused too
+        raise ValueError(
+            f"P(match) here and in transformers differ by {difference:.2g}, allowed is {CLOSE:g}, so nothing "
+            "is timed; one side is wrong"
+        )
+    if float(ours.max() - ours.min()) < 100 * CLOSE:
+        raise ValueError("all pairs have the same P(match), which proves little; try another seed")
 
 
 # ---- CapFilt -------------------------------------------------------------------------------------
@@ -321,139 +317,93 @@ def pictures(count: int, size: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Clock:
-    """When a CapFilt run did what, in seconds, told by its files: the same for every engine."""
+    """When a CapFilt run did what, in seconds, read off the files it wrote: the same way for every engine."""
 
     start_up: float  # from the call to the first row: processes, imports, models
     rows: float  # from the first row to the last shard that is done
-    late: float  # from the first row until the last worker began
+    late: float  # from the first row until the second worker began
     work: float  # inside the workers, summed over them
     shut_down: float  # from the last shard to the return
     files: Mapping[str, str]  # scored shard -> sha256
 
 
-def measure_ray(run: BenchRun, folder: Path) -> Result:
-    """The time between the first row and the last; how long each engine took to start is in `more`."""
-    write_world(run.world, folder / "world")
-    source = folder / "world" / "noisy"
-    engines: dict[str, Callable[[Path], Summary]] = {
-        "Ray": partial(capfilt.run_on_ray, run.capfilt, source, cluster=RayConfig(workers=run.workers)),
-        "processes": partial(capfilt.run_local, run.capfilt, source, workers=run.workers),
-    }
-    found = in_turns({name: partial(clock, engine, folder) for name, engine in engines.items()}, run.repeats)
-    check_files([each.files for clocks in found.values() for each in clocks])
-    more = {
-        f"{name} {part}": statistics.median(getattr(each, part) for each in clocks)
-        for part in ("start_up", "late", "work", "shut_down")
-        for name, clocks in found.items()
-    }
-    times = {name: [each.rows for each in clocks] for name, clocks in found.items()}
-    return Result(f"CapFilt, {run.workers} workers", "rows", run.world.noisy_rows, times, more)
-
-
 def clock(engine: Callable[[Path], Summary], folder: Path) -> Clock:
-    """Run an engine into an empty folder of its own."""
+    """Run an engine into an empty folder of its own. Raises ValueError when a shard failed."""
     out = Path(mkdtemp(dir=folder))
     called = time.time()
     summary = engine(out)
     returned = time.time()
     if summary.failed:
         raise ValueError(f"shards failed, so nothing is told: {'; '.join(summary.failed.values())}")
-    ids = [mark.split.id for mark in done_splits(out)]
-    spent = [mark.counts["seconds"] for mark in done_splits(out)]
-    # A worker writes a shard's stats when its seconds are over, and its done-mark last.
-    begun = sorted(stats_path(out, id).stat().st_mtime - each for id, each in zip(ids, spent, strict=True))
-    ended = max(done_path(out, id).stat().st_mtime for id in ids)
-    workers = min(len(begun), 2)
+    spent = {mark.split.id: float(mark.counts["seconds"]) for mark in done_splits(out)}
+    # A worker writes the stats of a shard as soon as its seconds are over, and its done-mark last.
+    begun = sorted(stats_path(out, id).stat().st_mtime - each for id, each in spent.items())
+    ended = max(done_path(out, id).stat().st_mtime for id in spent)
     return Clock(
         start_up=begun[0] - called,
         rows=ended - begun[0],
-        late=begun[workers - 1] - begun[0],
-        work=sum(spent),
+        late=begun[:2][-1] - begun[0],
+        work=sum(spent.values()),
         shut_down=returned - ended,
-        files={id: hashlib.sha256(scored_path(out, id).read_bytes()).hexdigest() for id in ids},
+        files={id: hashlib.sha256(scored_path(out, id).read_bytes()).hexdigest() for id in spent},
     )
 
 
-def check_files(runs: Sequence[Mapping[str, str]]) -> None:
-    """Raises ValueError where the scored shards of two runs are not the same bytes."""
-    differing = sorted({name for files in runs for name in {*files, *runs[0]} if files.get(name) != runs[0].get(name)})
-    if differing:
-        raise ValueError(f"scored shards differ between runs, so nothing is told: {', '.join(differing)}")
+def measure_ray(run: BenchRun, folder: Path) -> Result:
+    """Compares the time from the first row to the last; how long each engine took to start is in `more`."""
+    write_world(run.world, folder / "world")
+    source = folder / "world" / "noisy"
+    engines: dict[str, Callable[[Path], Summary]] = {
+        "Ray": partial(capfilt.run_on_ray, run.capfilt, source, cluster=RayConfig(workers=run.workers)),
+        "processes": partial(capfilt.run_local, run.capfilt, source, workers=run.workers),
+    }
+    found = in_turns({name: partial(clock, each, folder) for name, each in engines.items()}, run.repeats)
+    if len({tuple(sorted(each.files.items())) for clocks in found.values() for each in clocks}) > 1:
+        raise ValueError("the scored shards are not the same bytes in every run, so no time is told")
+    times = {name: [each.rows for each in clocks] for name, clocks in found.items()}
+    more = {
+        f"{name} {part}": statistics.median(getattr(each, part) for each in clocks)
+        for part in ("start_up", "late", "work", "shut_down")
+        for name, clocks in found.items()
+    }
+    return Result(f"CapFilt, {run.workers} workers", "rows", run.world.noisy_rows, times, more)
 
 
 def measure_capfilt(run: BenchRun, folder: Path) -> Result:
-    """One process, one shard of the world; `more` holds what each stage alone takes."""
+    """One process and the first shard of the world; `more` holds what each stage alone takes."""
     write_world(run.world, folder / "world")
     source = folder / "world" / "noisy" / "00000.parquet"
     threads = torch.get_num_threads()
     try:
-        alone = partial(capfilt.run_local, run.capfilt, source)
-        clocks = [clock(alone, folder) for _ in range(run.repeats)]
-        amount, more = stages(run.capfilt, source)
+        clocks = [clock(partial(capfilt.run_local, run.capfilt, source), folder) for _ in range(run.repeats)]
+        rows, more = stages(run.capfilt, source)
     finally:
         torch.set_num_threads(threads)  # a worker sets its own
-    times = {f"{run.capfilt.threads} torch threads": [each.rows for each in clocks]}
-    return Result("CapFilt, 1 worker", "rows", amount, times, more)
+    times = {f"{run.capfilt.threads} threads": [each.rows for each in clocks]}
+    return Result("CapFilt, 1 worker", "rows", rows, times, more)
 
 
 @torch.inference_mode()
 def stages(config: CapFiltConfig, source: Path) -> tuple[int, dict[str, float]]:
-    """Rows of a shard, and milliseconds a row of each stage, one after the other. In a run, decoding overlaps the rest."""
-    worker = CapFiltWorker(config, source.parent, {})
-    spent: Counter[str] = Counter()
-    rows = 0
+    """Rows of a shard, and milliseconds a row of each stage, in float32, one after the other.
+
+    Their sum is more than a row takes in a run, where two threads decode beside the models.
+    """
+    worker, spent, rows = CapFiltWorker(config, source.parent, {}), Counter[str](), 0
     (split,) = plan_splits(source, config.rows_per_split)
     for chunk in batches(open_split(split, config.columns).chunks, config.batch_size):
         begun = time.perf_counter()
-        images = [decode(each.image) for each in chunk.rows]
-        made = {size: torch.stack([image_transform(image, size) for image in images]) for size in set(worker.sizes)}
+        images = [decode(row.image) for row in chunk.rows]
+        made = {size: torch.stack([image_transform(i, size) for i in images]) for size in set(worker.sizes)}
         for_captioner, for_filter = (made[size].to(worker.device) for size in worker.sizes)
         decoded = time.perf_counter()
-        captions = worker.caption(for_captioner, [each.key for each in chunk.rows])
-        captioned = time.perf_counter()
-        texts = [[each.text or "", *written] for each, written in zip(chunk.rows, captions, strict=True)]
-        worker.score(for_filter, texts)
-        scored = time.perf_counter()
-        spent.update({"decode ms": decoded - begun, "caption ms": captioned - decoded, "score ms": scored - captioned})
+        captions = worker.caption(for_captioner, [row.key for row in chunk.rows])
+        written = time.perf_counter()
+        worker.score(for_filter, [[row.text or "", *k] for row, k in zip(chunk.rows, captions, strict=True)])
+        ended = time.perf_counter()
+        spent.update({"decode": decoded - begun, "caption": written - decoded, "score": ended - written})
         rows += len(chunk.rows)
-    return rows, {name: 1000 * each / rows for name, each in spent.items()}
-
-
-# ---- what is told --------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, str | int]:
-    """What the times depend on, besides the code."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def row(result: Result) -> str:
-    """One line of the table, and one for what else was found."""
-    rates = "   ".join(f"{side} {result.rate(side):9.3f} {result.unit}/s" for side in result.seconds)
-    ratio = result.ratio()
-    line = f"{result.name:<26}{rates}" + (f"   {ratio:6.2f}x" if ratio is not None else "")
-    more = ", ".join(f"{name} {value:.2f}" for name, value in result.more.items())
-    return f"{line}\n{'':<26}({more})" if more else line
-
-
-def record(result: Result) -> dict[str, Any]:
-    """The same for a program, with every single time."""
-    rates = {side: result.rate(side) for side in result.seconds}
-    return {**asdict(result), "rates": rates, "ratio": result.ratio()}
+    return rows, {f"{name} ms": 1000 * each / rows for name, each in spent.items()}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """One panel a loss, one line a run, over the optimiser steps."""
-    names = list(dict.fromkeys(name for lines in runs.values() for name in lines[0] if name not in NOT_LOSSES))
+    names = list(
+        dict.fromkeys(name for lines in runs.values() for name in lines[0] if name not in NOT_LOSSES)
+    )
     figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), squeeze=False)[0]

@@ -1,7 +1,8 @@
-"""The whole of CapFilt on a small generated corpus: noisy pairs in, clean pairs out, judged by the corpus' own truth.
+"""The whole of CapFilt on a small generated corpus: noisy pairs in, clean pairs out, judged by its own truth.
 
-Makes noisy shards of the generated world, runs CapFilt over them on a local Ray with the tiny captioner and filter
-of this repository, selects, and prints a table. Everything lies under OUT; run again, it goes on where it stopped.
+Makes noisy shards of the generated world, runs CapFilt over them on a local Ray with the tiny captioner and
+filter of this repository, selects, and prints a table. Everything lies under OUT; run again, it goes on where
+it stopped.
 """
 
 import sys
@@ -64,7 +65,10 @@ def main(argv: list[str]) -> int:
     run = parse_args(argv, DemoRun)
     started, out = time.monotonic(), Path(run.out)
     noisy, scored = out / "world" / "noisy", out / "out"
-    print(f"1. the world: {run.world.noisy_rows} pictures, about half of their texts wrong -> {noisy}", flush=True)
+    print(
+        f"1. the world: {run.world.noisy_rows} pictures, about half of their texts wrong -> {noisy}",
+        flush=True,
+    )
     write_world(run.world, out / "world")
     print(f"2. CapFilt: caption every picture, score both texts -> {scored / 'scored'}", flush=True)
     summary = capfilt.run_on_ray(run.capfilt, noisy, scored, run.ray)
@@ -102,7 +106,9 @@ def _pair(row: dict[str, Any], kind: str, scene: Scene) -> Pair:
 def judged(pairs: list[Pair], threshold: float) -> Judgement:
     web = [pair for pair in pairs if keep(pair.itm_web, threshold)]
     synthetic = [pair for pair in pairs if keep(pair.itm_synthetic, threshold)]
-    any_kept = [pair for pair in pairs if keep(pair.itm_web, threshold) or keep(pair.itm_synthetic, threshold)]
+    any_kept = [
+        pair for pair in pairs if keep(pair.itm_web, threshold) or keep(pair.itm_synthetic, threshold)
+    ]
     return Judgement(
         rows=len(pairs),
         noise_before=1 - share(pair.web_right for pair in pairs),
@@ -127,7 +133,11 @@ def table(judgement: Judgement) -> str:
         ("", "before", "after"),
         ("web texts that are wrong", f"{j.noise_before:.1%}", f"{j.noise_after:.1%}"),
         ("right web texts that are kept", "", f"{j.right_kept:.1%}"),
-        ("synthetic texts that are right", f"{j.synthetic_right_before:.1%}", f"{j.synthetic_right_after:.1%}"),
+        (
+            "synthetic texts that are right",
+            f"{j.synthetic_right_before:.1%}",
+            f"{j.synthetic_right_after:.1%}",
+        ),
         ("synthetic texts that are kept", "", f"{j.synthetic_kept:.1%}"),
         ("pictures with a text", "100.0%", f"{j.images_kept:.1%}"),
     ]

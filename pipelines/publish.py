@@ -1,8 +1,8 @@
 """Make trained runs small and shippable: weights in half precision, and beside them how they came to be.
 
-For each run OUT of `pipelines.train_blip` (config.yaml, metrics.jsonl, model/) this writes a checkpoint folder that
-`load_blip` reads, with recipe.yaml, training_log.jsonl, recipe.json (steps, seconds, digests), and one picture with
-the learning curves of all of them.
+For each run OUT of `pipelines.train_blip` (config.yaml, metrics.jsonl, model/) this writes a checkpoint
+folder that `load_blip` reads, with recipe.yaml, training_log.jsonl and recipe.json (steps, seconds, digests),
+and one picture with the learning curves of all of them.
 """
 
 import json

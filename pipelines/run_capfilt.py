@@ -1,7 +1,8 @@
 """Run CapFilt over noisy shards: caption, score, and write scored shards one to one with the input.
 
-OUT holds scored/, _done/ and summary.json; nothing that is done is done again. Then `python -m pipelines.select`
-chooses what to keep, in seconds. Exit code 3: finished, but some shards failed (listed in summary.json).
+OUT holds scored/, _done/ and summary.json; nothing that is done is done again. Then
+`python -m pipelines.select` chooses what to keep, in seconds. Exit code 3: finished, but some shards failed
+(listed in summary.json).
 """
 
 import sys
@@ -16,7 +17,7 @@ from pipelines.config import parse_args, run_main
 
 @dataclass(frozen=True)
 class CapFiltRun:
-    input: str  # a folder, a shard or a glob: img2dataset, Hugging Face, LAION or DataComp columns, webdataset tars
+    input: str  # a folder, a shard or a glob; img2dataset, Hugging Face, LAION, DataComp or webdataset
     out: str
     capfilt: CapFiltConfig
     engine: Literal["ray", "local"] = "ray"
@@ -41,8 +42,13 @@ def main(argv: list[str]) -> int:
 def describe(summary: Summary) -> str:
     """The summary for a person; the rows by status add up to all rows."""
     stats = summary.stats
-    lines = [f"{summary.done} of {summary.splits} splits done, {stats.rows} rows, in {summary.seconds:.0f} s:"]
-    lines += [f"  {count:>9}  {status}" for status, count in sorted(stats.statuses.items(), key=lambda item: -item[1])]
+    lines = [
+        f"{summary.done} of {summary.splits} splits done, {stats.rows} rows, in {summary.seconds:.0f} s:"
+    ]
+    lines += [
+        f"  {count:>9}  {status}"
+        for status, count in sorted(stats.statuses.items(), key=lambda item: -item[1])
+    ]
     lines += [f"  failed: {split}: {reason}" for split, reason in summary.failed.items()]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Choose the texts to keep from scored shards, by a threshold or a fraction, and write clean shards. No model."""
+"""Choose the texts to keep from scored shards, by threshold or fraction; write clean shards. No model."""
 
 import sys
 from dataclasses import dataclass
@@ -27,8 +27,12 @@ def describe(summary: SelectSummary) -> str:
     lines = [f"threshold {summary.threshold:.4g}: {summary.rows_kept} of {summary.rows} rows keep a text"]
     for source, counts in summary.texts.items():
         total, kept = sum(counts.values()), counts.get("kept", 0)
-        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "kept")
-        lines.append(f"  {source}: kept {kept} of {total} ({kept / max(1, total):.1%}); {dropped or 'none dropped'}")
+        dropped = ", ".join(
+            f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "kept"
+        )
+        lines.append(
+            f"  {source}: kept {kept} of {total} ({kept / max(1, total):.1%}); {dropped or 'none dropped'}"
+        )
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,12 +18,12 @@ from blip.model import Blip, BlipConfig
 from blip.momentum import MomentumConfig
 from blip.tokenizer import BERT_VOCABULARY, Tokenizer
 from blip.weights import init_text, init_vision, load_blip
-from pipelines.config import config_hash, parse_args, run_main, save_config
+from pipelines.config import as_tree, config_hash, load_config, parse_args, run_main, save_config
 from pipelines.data import DataConfig, training_batches
 from pipelines.log import RunLog
 from pipelines.optim import OptimConfig, make_optimizer
 from pipelines.parallel import checkpoint_activations, pick_device
-from pipelines.trainer import TrainConfig, resume, train
+from pipelines.trainer import STATE_FILE, TrainConfig, resume, train
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,37 @@ def _new(config: BlipConfig, init: InitConfig) -> Blip:
     return model
 
 
+def check_same_run(run: TrainRun, out: Path) -> None:
+    """Refuse to go on with a state that another config made. How long and how fast to train may change."""
+    if not (out / STATE_FILE).exists() or not (out / "config.yaml").exists():
+        return
+    before, now = (_decisive(config) for config in (load_config(TrainRun, out / "config.yaml"), run))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        found = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
+        raise ValueError(
+            f"{out} holds a run with another config: {found}. Choose another out, or delete {out}"
+        )
+
+
+def _decisive(run: TrainRun) -> dict[str, Any]:
+    """Dotted key -> value, of everything that decides what a step computes."""
+    train = replace(run.train, steps=1, log_every=1, save_every=1, sinks=())
+    return _flat(as_tree(replace(run, out="", train=train, data=replace(run.data, workers=0))))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, item in tree.items() for k, v in _flat(item, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
 def main(argv: list[str]) -> int:
     run = parse_args(argv, TrainRun)
     out = Path(run.out)
+    check_same_run(run, out)
     random.seed(run.train.seed)
     torch.manual_seed(run.train.seed)
     device = pick_device(run.train.device)

@@ -1,7 +1,9 @@
-"""A small real run of CapFilt for tests: shards of the generated world and tiny models with random weights."""
+"""A small real run of CapFilt for tests: shards of the generated world, tiny models of random weights."""
 
 import hashlib
 from pathlib import Path
+
+from tiny import randomize
 
 from blip.checkpoint import save_model
 from blip.generate import Decoding
@@ -12,7 +14,6 @@ from blip.vision import VisionConfig
 from capfilt.worker import CapFiltConfig
 from pipelines.world import WorldConfig, write_world
 from pipelines.world_text import VOCABULARY
-from tiny import randomize
 
 WORLD = WorldConfig(seed=3, noisy_rows=48, clean_rows=0, test_rows=0, shard_rows=12, side=48)
 
@@ -41,4 +42,7 @@ def make_run(folder: Path) -> tuple[CapFiltConfig, Path]:
 
 def hashes(out: Path) -> dict[str, str]:
     """sha256 of every scored shard."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (out / "scored").glob("*.parquet")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (out / "scored").glob("*.parquet")
+    }

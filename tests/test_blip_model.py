@@ -1,5 +1,6 @@
 """The whole model: sizes, parts, heads, captions, and what a batch is to it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,17 +47,13 @@ def count(config: BlipConfig) -> int:
         return sum(parameter.numel() for parameter in Blip(config).parameters())
 
 
-def parts(config: BlipConfig, reads: bool, writes: bool) -> BlipConfig:
-    with torch.device("meta"):
-        return Blip(config).keep(reads=reads, writes=writes).config
-
-
 @pytest.mark.parametrize(("size", "width", "depth"), [("base", 768, 12), ("large", 1024, 24)])
 def test_the_number_of_weights_is_that_of_the_paper(size: str, width: int, depth: int) -> None:
     config, vit = BlipConfig.of(size), vit_count(width, depth, tokens=197)
     found = count(config)
     assert found == vit + text_count(width, 2, True) + reading_heads(width)
-    captioner, only_filter = (count(parts(config, reads, not reads)) for reads in (False, True))
+    texts = (replace(config.text, reads=reads, writes=not reads) for reads in (False, True))
+    captioner, only_filter = (count(replace(config, text=text)) for text in texts)
     assert captioner == vit + text_count(width, 1, True)
     assert only_filter == vit + text_count(width, 1, False) + reading_heads(width)
     if size == "base":  # BLIP table 3: all but self-attention is shared 252M, one stack 224M
@@ -65,9 +62,11 @@ def test_the_number_of_weights_is_that_of_the_paper(size: str, width: int, depth
 
 
 def test_a_larger_image_adds_positions_only() -> None:
-    base = BlipConfig.of("base", image_size=384)
-    assert base.vision.tokens == 577
-    assert count(base) - count(BlipConfig.of("base")) == (577 - 197) * 768
+    small, large = tiny_config(), replace(tiny_config(), vision=replace(tiny_config().vision, image_size=96))
+    assert (small.vision.tokens, large.vision.tokens) == (5, 37)
+    assert count(large) - count(small) == (37 - 5) * 24
+    assert BlipConfig.of("base", image_size=384).vision == VisionConfig(image_size=384)
+    assert VisionConfig(image_size=384).tokens == 577
 
 
 def test_an_unknown_size_is_an_error() -> None:

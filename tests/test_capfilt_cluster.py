@@ -1,4 +1,4 @@
-"""CapFilt on a real local Ray: the same bytes for any number of workers, after kills, and failures that are listed."""
+"""CapFilt on a real local Ray: the same bytes for any number of workers and after kills, failures listed."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+from small_run import hashes, make_run
 
 from capfilt import CapFiltConfig, run_local, run_on_ray
 from capfilt.job import RayConfig
 from pipelines.config import save_config
 from pipelines.run_capfilt import CapFiltRun
-from small_run import hashes, make_run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[CapFiltConfig, Path, 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
@@ -67,7 +73,7 @@ def test_a_shard_that_cannot_be_read_is_listed_and_the_rest_goes_on(job, cluster
     assert hashes(tmp_path / "out") == expected
 
 
-def start(folder: Path, job, rows_scale: int = 1) -> subprocess.Popen:
+def start(folder: Path, job) -> subprocess.Popen:
     """The command line a user types, in a process of its own."""
     config, shards, _ = job
     save_config(CapFiltRun(str(shards), str(folder / "out"), config, ray=RayConfig(workers=2)), folder)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_run import hashes, make_run, save_models
 
 from blip.generate import generate
 from blip.image import decode, image_transform
@@ -16,7 +17,6 @@ from blip.weights import load_blip
 from capfilt import CapFiltConfig, run_local
 from capfilt.captioner import Captioner, caption_seed
 from capfilt.shards import FingerprintMismatch
-from small_run import hashes, make_run, save_models
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CapFiltConfig, Path, 
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [row for path in sorted((out / "scored").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [
+        row for path in sorted((out / "scored").glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
 
 
 def test_scores_equal_the_models_asked_one_image_and_text_at_a_time(run: tuple[CapFiltConfig, Path, Path]):
@@ -110,7 +112,9 @@ def test_bad_rows_keep_their_place_and_reason(run: tuple[CapFiltConfig, Path, Pa
     assert found[6]["itm_web"] is None and found[6]["itm_synthetic"] is not None
     # A bad row leaves a hole: the captions of its neighbours are what they were.
     before = rows_of(clean_out)
-    assert all(found[i]["caption_synthetic"] == before[i]["caption_synthetic"] for i in range(12) if i not in bad)
+    assert all(
+        found[i]["caption_synthetic"] == before[i]["caption_synthetic"] for i in range(12) if i not in bad
+    )
 
 
 def test_a_broken_shard_fails_alone(run: tuple[CapFiltConfig, Path, Path], tmp_path: Path):
@@ -155,9 +159,11 @@ def test_processes_give_the_same_bytes(run: tuple[CapFiltConfig, Path, Path], tm
 
 
 @pytest.mark.parametrize(("captioner", "judge"), [("filter", "filter"), ("captioner", "captioner")])
-def test_the_wrong_kind_of_model_is_named(run: tuple[CapFiltConfig, Path, Path], tmp_path: Path, captioner, judge):
+def test_the_wrong_kind_of_model_is_named(
+    run: tuple[CapFiltConfig, Path, Path], tmp_path: Path, captioner, judge
+):
     config, shards, _ = run
     models = Path(config.captioner).parent
     wrong = replace(config, captioner=str(models / captioner), filter=str(models / judge))
-    with pytest.raises(ValueError, match="captioner's|filter's"):
+    with pytest.raises(ValueError, match=r"captioner's|filter's"):
         run_local(wrong, shards, tmp_path)
