@@ -33,18 +33,19 @@ def itc_loss(
 
 
 @torch.no_grad()
-def hard_negatives(logits: Tensor, same: Tensor) -> Tensor:
+def hard_negatives(logits: Tensor, same: Tensor, floor: float = 1e-4) -> Tensor:
     """For each row draw one candidate of another image, likelier the more similar it looks. [B, G] -> [B].
 
-    Weights softmax(logits) + 1e-4, zero where the image is the same (BLIP models/blip_pretrain.py), all rows
-    in one call. Raises ValueError when a row has no candidate of another image.
+    Weights softmax(logits) + floor, zero where the image is the same (BLIP models/blip_pretrain.py, whose
+    floor is 1e-4), all rows in one call. A higher floor mixes easy negatives in. Raises ValueError when a row
+    has no candidate of another image.
     """
     if bool(same.all(1).any()):
         raise ValueError(
             f"hard negatives need a pair of another image for every pair; this batch of {len(logits)} has "
             "none for some: use batches of at least two different images"
         )
-    weights = (logits.float().softmax(1) + 1e-4).masked_fill(same, 0.0)
+    weights = (logits.float().softmax(1) + floor).masked_fill(same, 0.0)
     # NaN weights are an error of multinomial, on a GPU one that ends the process. NaN logits make the loss
     # NaN as well, and there the trainer can say it.
     return torch.multinomial(weights.nan_to_num(1.0), 1)[:, 0]

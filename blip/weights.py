@@ -260,7 +260,7 @@ def _modern(name: str) -> str:
 
 
 def _names_in_bert(model: Blip, theirs: Mapping[str, Tensor], source: str) -> dict[str, str]:
-    """Our names of MED weights -> BERT's, for all that BERT has. Raises ValueError where it is not our BERT."""
+    """Our names of MED weights -> BERT's, for all that BERT has. Raises ValueError if it is another BERT."""
     new, end = min(model.config.dec_id, model.config.enc_id), model.config.text.vocab_size
     if BERT_WORDS in theirs and len(theirs[BERT_WORDS]) not in (new, end):
         raise ValueError(

@@ -122,6 +122,7 @@ def test_a_truncated_file_is_never_half_an_image(kind: str, share: float) -> Non
     ("width", "height"),
     [(60_000, 60_000), (12_000, 12_000), (5_001, 5_000), (16_385, 1), (1, 16_385)],
 )
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_by_its_header(width: int, height: int) -> None:
     data = png_header(width, height)
     assert len(data) < 200
@@ -143,9 +144,9 @@ def test_one_pixel_is_an_image() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
 def test_of_a_moving_image_the_first_frame_counts(kind: str) -> None:
-    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    red, green, blue = (Image.new("RGB", (8, 8), rgb) for rgb in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(red, kind, save_all=True, append_images=[blue, blue], duration=100, **options)
+    data = encoded(red, kind, save_all=True, append_images=[green, blue], duration=100, **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3
     assert decode(data).getpixel((4, 4)) == (255, 0, 0)
 
@@ -284,7 +285,7 @@ def test_a_scale_out_of_range_is_an_error(scale: float) -> None:
 def test_crops_are_those_of_random_resized_crop(size: tuple[int, int], scale: float) -> None:
     """Within bounds, and area, aspect and place spread as torchvision's."""
     width, height = size
-    rng, draws = random.Random(0), 3000
+    rng, draws = random.Random(0), 1000
     torch.manual_seed(0)
     ours, theirs = [], []
     blank = Image.new("L", size)
@@ -329,12 +330,10 @@ def test_the_shifts_of_randaugment_are_five_pixels_on_grey() -> None:
 
 def test_randaugment_leaves_as_many_images_alone_as_chance_says() -> None:
     """Two draws of ten, each applied in half of the cases; three of the ten change nothing."""
-    image, rng, draws = noise(16, 16), random.Random(0), 1500
+    image = noise(16, 16).point(lambda value: 50 + value // 2)  # room for autocontrast to do something
+    rng, draws, share = random.Random(0), 1500, (0.5 + 0.5 * 0.3) ** 2
     same = sum(rand_augment(image, rng).tobytes() == image.tobytes() for _ in range(draws))
-    share = (0.5 + 0.5 * 0.3) ** 2
-    # noise spans 0 to 255, so that autocontrast finds nothing to do either
-    assert np.asarray(image).reshape(-1, 3).min(0).tolist() == [0, 0, 0] or True
-    assert share * draws * 0.8 < same < (0.5 + 0.5 * 0.5) ** 2 * draws * 1.2
+    assert abs(same - share * draws) < 5 * math.sqrt(draws * share * (1 - share))
 
 
 def test_randaugment_keeps_size_and_mode() -> None:

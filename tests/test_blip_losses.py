@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,15 +138,19 @@ def test_hard_negatives_never_show_the_same_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "logits",
-    [[2.0, 0.5, -1.0, 1.5, 0.0], [50.0, 0.0, 1.0, 2.0, 3.0]],  # in the second only the floor of 1e-4 counts
+    ("logits", "floor"),
+    [
+        ([2.0, 0.5, -1.0, 1.5, 0.0], 1e-4),
+        ([2.0, 0.5, -1.0, 1.5, 0.0], 0.1),
+        ([50.0, 0.0, 1.0, 2.0, 3.0], 1e-4),  # only the floor counts
+    ],
 )
-def test_hard_negatives_are_drawn_by_their_weights(logits: list[float]) -> None:
+def test_hard_negatives_are_drawn_by_their_weights(logits: list[float], floor: float) -> None:
     same = torch.tensor([True, False, False, True, False])
-    weights = [0.0 if same[i] else p + 1e-4 for i, p in enumerate(softmax(logits))]
+    weights = [0.0 if same[i] else p + floor for i, p in enumerate(softmax(logits))]
     draws = 40_000
     torch.manual_seed(0)
-    drawn = losses.hard_negatives(torch.tensor(logits).expand(draws, -1), same.expand(draws, -1))
+    drawn = losses.hard_negatives(torch.tensor(logits).expand(draws, -1), same.expand(draws, -1), floor)
     for i, count in enumerate(drawn.bincount(minlength=5).tolist()):
         share = weights[i] / sum(weights)
         assert abs(count / draws - share) <= 5 * math.sqrt(share * (1 - share) / draws)
@@ -217,7 +222,8 @@ def explicit(blip: Blip, batch: Batch, seed: int) -> dict[str, float]:
     found["itc"] = loop_itc(to_text, to_image, ids, candidates, slow, alpha)
 
     torch.manual_seed(seed)
-    wrong_text, wrong_image = draw(to_text, ids), draw(to_image, ids)
+    floor = blip.config.negative_floor
+    wrong_text, wrong_image = draw(to_text, ids, floor), draw(to_image, ids, floor)
     matched = [explicit_match(blip, texts[i], tokens[i]) for i in rows]
     unmatched = [explicit_match(blip, texts[wrong_text[i]], tokens[i]) for i in rows]
     unmatched += [explicit_match(blip, texts[i], tokens[wrong_image[i]]) for i in rows]
@@ -229,12 +235,12 @@ def cosines(blip: Blip, left: list[Tensor], right: list[Tensor]) -> Rows:
     return [[float(x @ y / blip.temperature) for y in right] for x in left]
 
 
-def draw(logits: Rows, ids: list[int]) -> list[int]:
+def draw(logits: Rows, ids: list[int], floor: float) -> list[int]:
     """The negatives that the model draws from the same random numbers."""
     weights = [softmax(row[: len(ids)]) for row in logits]
     for i, row in enumerate(weights):
         for j in range(len(ids)):
-            row[j] = 0.0 if ids[i] == ids[j] else row[j] + 1e-4
+            row[j] = 0.0 if ids[i] == ids[j] else row[j] + floor
     return torch.multinomial(torch.tensor(weights), 1)[:, 0].tolist()
 
 
@@ -277,6 +283,8 @@ def test_the_forward_pass_is_the_sum_over_pairs(ids: tuple[int, ...], has_teache
     blip = tiny_blip()
     if has_teacher:
         with_teacher(blip)
+    else:
+        blip.config = replace(blip.config, negative_floor=0.3)
     batch = tiny_batch(ids, prompt_length=1)
     torch.manual_seed(3)
     found = {name: float(value) for name, value in blip(batch).items()}

@@ -79,6 +79,16 @@ def test_patches_must_fill_the_image() -> None:
         VisionConfig(image_size=230)
 
 
+@torch.no_grad()
+def test_a_convolutional_stem_gives_the_same_tokens() -> None:
+    vision = VisionConfig(image_size=32, patch_size=8, width=24, depth=1, heads=3, stem=(4, 6, 8))
+    blip = Blip(replace(tiny_config(), vision=vision)).with_teacher(MomentumConfig(queue_size=3))
+    assert blip.image_tokens(pixels(2)).shape == (2, vision.tokens, 24) == (2, 17, 24)
+    assert blip.train()(tiny_batch((1, 2)))["itc"].isfinite()
+    with pytest.raises(ValueError, match=r"patches of 4 pixels, but patch_size is 8"):
+        replace(vision, stem=(4, 6))
+
+
 def test_resampled_positions_keep_the_class_token_and_a_flat_grid() -> None:
     embedding = torch.full((1, 1 + 4, 3), 2.0)
     embedding[:, 0] = 7

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 from blip import Blip, export_hf, load_blip, load_vqa
-from blip.checkpoint import save_model
+from blip.checkpoint import digest, save_model
 from blip.tokenizer import Tokenizer
 from blip.weights import init_text, init_vision
 
@@ -133,6 +133,19 @@ def test_a_vqa_file(tmp_path: Path, words: Tokenizer) -> None:
     assert_same_vqa(load_vqa(file, tokenizer=words), theirs)
     with pytest.raises(ValueError, match="is a BlipVQA, not a Blip; load it with load_vqa"):
         load_blip(file, tokenizer=words)
+
+
+def test_training_loaded_weights_leaves_their_file_alone(
+    tmp_path: Path, words: Tokenizer, whole: Tensors
+) -> None:
+    file = write(tmp_path / "model_base.pth", whole)
+    before, ours = digest(file), load_blip(file, tokenizer=words)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(1)
+    assert digest(file) == before
+    again = load_blip(file, tokenizer=words).state_dict()
+    assert all(torch.allclose(again[name] + 1, tensor) for name, tensor in ours.state_dict().items())
 
 
 def test_an_nlvr_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pipelines.demo import DemoRun, Judgement, Pair, judged, main, read_pairs, t
 
 
 def pair(web_right: bool, itm_web: float | None, synthetic_right: bool, itm_synthetic: float | None) -> Pair:
-    return Pair("w", "s", itm_web, itm_synthetic, "right" if web_right else "junk", web_right, synthetic_right)
+    kind = "right" if web_right else "junk"
+    return Pair("w", "s", itm_web, itm_synthetic, kind, web_right, synthetic_right)
 
 
 def test_judgement_counts_as_a_person_would():
