@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import BertTokenizer
 
@@ -82,14 +84,19 @@ def write_vocabulary(words: Sequence[str], folder: str | Path) -> None:
 
 def _load(source: str | Path) -> BertTokenizer:
     folder = Path(source)
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in VOCABULARY_FILES):
-            raise ValueError(f"{folder} holds no vocabulary; expected {' or '.join(VOCABULARY_FILES)} in it")
-        return BertTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    if not any((folder / name).exists() for name in VOCABULARY_FILES):
+        raise ValueError(f"{folder} holds no vocabulary; expected {' or '.join(VOCABULARY_FILES)} in it")
+    return BertTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _download(name: str) -> Path:
+    """The files alone: without a network, `from_pretrained` would make up a vocabulary of seven words."""
     try:
-        return BertTokenizer.from_pretrained(str(source))
-    except OSError as error:
+        return Path(snapshot_download(name, allow_patterns=[*VOCABULARY_FILES, "tokenizer_config.json"]))
+    except (OSError, HFValidationError) as error:
         raise ValueError(
-            f"the vocabulary {str(source)!r} is no folder and cannot be had from the Hugging Face hub; "
+            f"the vocabulary {name!r} is no folder and cannot be had from the Hugging Face hub; "
             f"give a folder that holds {' or '.join(VOCABULARY_FILES)}"
         ) from error

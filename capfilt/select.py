@@ -1,8 +1,8 @@
 """THE RULE: which texts of a scored row are kept. Scores and a threshold in, verdicts out; no model.
 
 The paper drops a text, from the web or synthetic, that the ITM head predicts as unmatched: its softmax
-probability of a match is below 0.5. `select` applies this to `scored/` and writes `clean/`; it needs no model,
-so another threshold costs no more than copying the images.
+probability of a match is below 0.5. `select` applies this to `scored/` and writes `clean/`, without a
+model, so another threshold costs no more than copying the images.
 """
 
 import json

@@ -1,10 +1,7 @@
 """The generated world: pictures of a few shapes with captions whose truth is known.
 
-`write_world` makes a noisy web-like set (with the truth beside it), a small clean set and a held-out
-test set. Every row is drawn from (seed, split, row) alone, so it does not depend on
-how many rows are made around it.
-
-Run: python -m pipelines.world configs/tiny/world.yaml [section.key=value ...]
+`write_world` makes a noisy web-like set, with the truth beside it, a small clean set and a held-out test set.
+Every row is drawn from (seed, split, row) alone.
 """
 
 import hashlib
@@ -32,7 +29,6 @@ from pipelines.config import parse_args, run_main
 from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Palette, Scene, SceneObject
 
 log = logging.getLogger(__name__)
-
 SPLITS = ("noisy", "clean", "test")
 KINDS = ("right", "partly", "other_image", "junk", "subtle")
 BACKGROUNDS = ("flat", "gradient", "noise", "checker")
@@ -126,10 +122,8 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class WorldRun:
-    """What `python -m pipelines.world` reads: the world, and the folder it is written to."""
-
     world: WorldConfig
-    out: str
+    out: str  # the folder it is written to
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,7 @@ def make_scene(config: WorldConfig, rng: Generator) -> Scene:
 
 
 def _texture(textures: Sequence[str], rng: Generator) -> str:
-    """Plain in half of the cases, else one of the others."""
+    """Plain in half of the cases, else any."""
     return textures[0] if rng.random() < 0.5 else textures[int(rng.integers(len(textures)))]
 
 
@@ -195,6 +189,7 @@ def draw_jpeg(scene: Scene, rng: Generator, side: int, quality: int) -> bytes:
 
 def _background(scene: Scene, rng: Generator, side: int) -> Image.Image:
     base = rng.uniform(*TONE_LEVELS[scene.tone]) + rng.uniform(-7, 7, size=3)  # [3], a muted tint
+    level = np.zeros((side, side))
     if scene.background == "gradient":
         angle = rng.uniform(0, 2 * math.pi)
         ramp = np.linspace(-1, 1, side)
@@ -204,8 +199,6 @@ def _background(scene: Scene, rng: Generator, side: int) -> Image.Image:
     elif scene.background == "checker":
         cell = np.arange(side) // max(1, side // int(rng.integers(6, 11)))
         level = np.where((cell[None, :] + cell[:, None]) % 2 == 0, 8.0, -8.0)
-    else:
-        level = np.zeros((side, side))
     pixels = np.clip(base + level[:, :, None], 0, 255).astype(np.uint8)  # [side, side, 3]
     return Image.fromarray(pixels)
 
@@ -350,15 +343,16 @@ def _write_split(config: WorldConfig, split: str, folder: Path) -> None:
     (folder / split).mkdir(exist_ok=True)
     to_record, schema = (_raw_record, RAW) if split == "noisy" else (_clean_record, CLEAN)
     truth: list[dict[str, Any]] = []
-    # At least one shard, so that an empty split can be read too.
-    for shard, start in enumerate(range(0, max(num_rows, 1), config.shard_rows)):
+    for shard, start in enumerate(
+        range(0, max(num_rows, 1), config.shard_rows)
+    ):  # an empty split can be read
         rows = [make_row(config, split, i) for i in range(start, min(start + config.shard_rows, num_rows))]
         table = pa.Table.from_pylist([to_record(row, config.side) for row in rows], schema=schema)
         pq.write_table(table, folder / split / f"{shard:05d}.parquet", row_group_size=ROW_GROUP)
         truth.extend(_truth_record(row) for row in rows)
         log.info("%s shard %d: %d rows", split, shard, len(rows))
-    truth_schema = NOISY_TRUTH if split == "noisy" else CLEAN_TRUTH
-    pq.write_table(pa.Table.from_pylist(truth, schema=truth_schema), folder / f"{split}_truth.parquet")
+    known = NOISY_TRUTH if split == "noisy" else CLEAN_TRUTH
+    pq.write_table(pa.Table.from_pylist(truth, schema=known), folder / f"{split}_truth.parquet")
 
 
 def _raw_record(row: Row, side: int) -> dict[str, Any]:
@@ -389,14 +383,14 @@ def _truth_record(row: Row) -> dict[str, Any]:
 
 def read_truth(path: str | Path) -> dict[str, tuple[str | None, Scene]]:
     """Key -> (kind of web caption, None outside the noisy split; scene)."""
-    rows = pq.read_table(path).to_pylist()
-    return {row["key"]: (row.get("kind"), world_text.scene_from_json(row["scene"])) for row in rows}
+    scene = world_text.scene_from_json
+    return {row["key"]: (row.get("kind"), scene(row["scene"])) for row in pq.read_table(path).to_pylist()}
 
 
 def main(argv: list[str]) -> int:
     """Writes the world of a config file, and its words as a vocabulary."""
-    run = parse_args(argv, WorldRun)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run = parse_args(argv, WorldRun)
     write_world(run.world, run.out)
     write_vocabulary(world_text.VOCABULARY, Path(run.out, "vocabulary"))
     return 0

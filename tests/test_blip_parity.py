@@ -1,6 +1,5 @@
 """What we load computes what transformers computes, and what we export too. float32, random weights."""
 
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +15,6 @@ from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 from blip import Blip, BlipVQA, export_hf, image_transform, load_blip, load_vqa
 from blip.generate import Decoding
 from blip.vision import VisionConfig
-
-slow = pytest.mark.skipif("RUN_SLOW" not in os.environ, reason="2 GB and a minute; set RUN_SLOW=1 to run")
 
 Theirs = TypeVar("Theirs", bound=transformers.PreTrainedModel)
 
@@ -233,7 +230,6 @@ def test_an_answer_does_not_depend_on_the_longest_question(tmp_path: Path) -> No
     assert len(set(alone)) == 3
 
 
-@slow
 @pytest.mark.parametrize("image_size", [224, 384])
 def test_real_captioner(tmp_path: Path, image_size: int) -> None:
     theirs = real(BlipForConditionalGeneration, image_size)
@@ -243,7 +239,6 @@ def test_real_captioner(tmp_path: Path, image_size: int) -> None:
     assert_same_captioner(ours, theirs)
 
 
-@slow
 @pytest.mark.parametrize("image_size", [224, 384])
 def test_real_filter(tmp_path: Path, image_size: int) -> None:
     theirs = real(BlipForImageTextRetrieval, image_size)
@@ -255,7 +250,6 @@ def test_real_filter(tmp_path: Path, image_size: int) -> None:
     assert_same_filter(ours, BlipForImageTextRetrieval.from_pretrained(tmp_path / "back").eval())
 
 
-@slow
 @pytest.mark.parametrize("image_size", [224, 384])
 def test_real_vqa(tmp_path: Path, image_size: int) -> None:
     theirs = real(BlipForQuestionAnswering, image_size)
