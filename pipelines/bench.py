@@ -154,9 +154,6 @@ def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, li
     return found
 
 
-# ---- beside transformers -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Pair:
     """The same weights here and in transformers, and the images that both are shown."""
@@ -180,17 +177,20 @@ def make_pair(run: BenchRun, folder: Path, their_class: Any, *, reads: bool, wri
 
 
 def draw_weights(model: Blip, seed: int) -> Blip:
-    """So large that words, positions and images all matter: a flat model would agree with anything."""
+    """So that image, position and every earlier word matter: a flat model would agree with anything.
+
+    Matrices of half the usual size and small biases leave a token something of itself behind 12 layers.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+            scale = 0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
             parameter.normal_(0, scale, generator=generator)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.weight.add_(1)
             if isinstance(module, nn.Embedding):
-                module.weight.mul_(8)
+                module.weight.mul_(16)
     return model
 
 
@@ -301,9 +301,6 @@ def check_scores(ours: Tensor, theirs: Tensor) -> None:
         raise ValueError("all pairs have the same P(match), which proves little; try another seed")
 
 
-# ---- CapFilt -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Clock:
     """When a CapFilt run did what, in seconds, read off the files it wrote: the same way for every engine."""
@@ -347,8 +344,7 @@ def measure_ray(run: BenchRun, folder: Path) -> Result:
         "processes": partial(capfilt.run_local, run.capfilt, source, workers=run.workers),
     }
     found = in_turns({name: partial(clock, each, folder) for name, each in engines.items()}, run.repeats)
-    if len({tuple(sorted(each.files.items())) for clocks in found.values() for each in clocks}) > 1:
-        raise ValueError("the scored shards are not the same bytes in every run, so no time is told")
+    check_files([each.files for clocks in found.values() for each in clocks])
     times = {name: [each.rows for each in clocks] for name, clocks in found.items()}
     more = {
         f"{name} {part}": statistics.median(getattr(each, part) for each in clocks)
@@ -358,16 +354,20 @@ def measure_ray(run: BenchRun, folder: Path) -> Result:
     return Result(f"CapFilt, {run.workers} workers", "rows", run.world.noisy_rows, times, more)
 
 
+def check_files(runs: Sequence[Mapping[str, str]]) -> None:
+    """Raises ValueError where two runs did not write the same bytes."""
+    if any(files != runs[0] for files in runs):
+        raise ValueError(f"the scored shards are not the same in every run, so no time is told: {runs}")
+
+
 def measure_capfilt(run: BenchRun, folder: Path) -> Result:
     """One process and the first shard of the world; `more` holds what each stage alone takes."""
     write_world(run.world, folder / "world")
     source = folder / "world" / "noisy" / "00000.parquet"
     threads = torch.get_num_threads()
-    try:
-        clocks = [clock(partial(capfilt.run_local, run.capfilt, source), folder) for _ in range(run.repeats)]
-        rows, more = stages(run.capfilt, source)
-    finally:
-        torch.set_num_threads(threads)  # a worker sets its own
+    clocks = [clock(partial(capfilt.run_local, run.capfilt, source), folder) for _ in range(run.repeats)]
+    rows, more = stages(run.capfilt, source)
+    torch.set_num_threads(threads)  # a worker sets its own
     times = {f"{run.capfilt.threads} threads": [each.rows for each in clocks]}
     return Result("CapFilt, 1 worker", "rows", rows, times, more)
 

@@ -45,6 +45,7 @@ class StartConfig:
     image_size: int | None = None  # pixels; position embeddings are resampled
     dropout: float | None = None
     drop_path: float | None = None
+    negative_floor: float | None = None  # of ITM, see BlipConfig
     tokenizer: str | None = None
 
 
@@ -79,6 +80,8 @@ def build(run: TrainRun) -> Blip:
             drop_path=start.drop_path,
             tokenizer=start.tokenizer,
         )
+        if start.negative_floor is not None:
+            model.config = replace(model.config, negative_floor=start.negative_floor)
     else:
         model = _new(run.model or BlipConfig(), run.init)
     if run.momentum is not None:

@@ -1,4 +1,4 @@
-"""The training loop: killed and resumed, accumulated, in bf16, with less memory, and when a number is no number."""
+"""The training loop: killed and resumed, accumulated, in bf16, with less memory, and stopped by a NaN."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ from pipelines.world_text import VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-STEPS, SAVE_EVERY = 40, 5
+STEPS, SAVE_EVERY = 18, 3
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=3, grad_clip=1.0)
 
 
@@ -60,7 +60,7 @@ def write_config(world: Path, out: Path, **sections: Any) -> Path:
         },
         "init": {"tokenizer": str(world / "vocabulary")},
         "optim": {"lr": 1e-3, "warmup_steps": 5},
-        "momentum": {"queue_size": 10, "alpha_steps": 20},
+        "momentum": {"queue_size": 10, "alpha_steps": 12},
     }  # fmt: skip
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree | sections))
@@ -122,7 +122,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: 
     metrics = killed / "metrics.jsonl"
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as run:
         started = wait(
-            lambda: run.poll() is not None or metrics.exists() and metrics.read_text().count("\n") >= 12, 300
+            lambda: run.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 7),
+            600,
         )
         workers = children(run.pid)
         run.send_signal(signal.SIGKILL)
@@ -321,6 +322,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     """With dropout, whose draws must be the same when a block is computed again, and with a teacher."""
     batch, gradients, losses, calls = tiny_batch((1, 2, 3)), [], [], []
     for last in (0, 1, 5):
+        torch.manual_seed(0)
         model = tiny_blip().with_teacher(MomentumConfig(queue_size=5)).train()
         names = [name for name, _ in model.named_parameters()]
         for blocks in (model.vision.vit.blocks, model.med.blocks):
@@ -328,13 +330,12 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
         assert [name for name, _ in model.named_parameters()] == names
         counts = {"first": 0, "last": 0}
         for place, block in (("first", model.med.blocks[0]), ("last", model.med.blocks[1])):
-            block.mlp.register_forward_hook(lambda *_, c=counts, p=place: c.update({p: c[p] + 1}))
-        torch.manual_seed(0)
+            block.mlp.register_forward_pre_hook(lambda *_, c=counts, p=place: c.update({p: c[p] + 1}))
         found = model(batch)
         sum(found.values()).backward()
         model.after_step()
         assert model.state_dict().keys() == tiny_blip().with_teacher(MomentumConfig(5)).state_dict().keys()
-        losses.append({name: float(value) for name, value in found.items()})
+        losses.append({name: value.item() for name, value in found.items()})
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         calls.append((counts["first"], counts["last"]))
     uses = calls[0][0]
