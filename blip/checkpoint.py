@@ -60,6 +60,7 @@ def save_model(model: Model, folder: str | Path) -> None:
         weights = model.state_dict()
         tensors = {k: v.contiguous() for k, v in weights.items() if not k.startswith(TRAINING_ONLY)}
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        (new / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for its user alone, too
         if model.tokenizer is not None:
             model.tokenizer.save(new)
         for path in [*new.iterdir(), new]:

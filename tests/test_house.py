@@ -92,6 +92,8 @@ def imports_are_absolute_and_named(path: str, tree: ast.Module) -> Complaints:
 def imports_are_not_deferred(path: str, tree: ast.Module) -> Complaints:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.name == "__getattr__" and path.endswith("/__init__.py"):
+                continue  # PEP 562: how a package offers what needs a library that may be missing
             for name in imports(node):
                 if top(name) in MAY_IMPORT:
                     yield f"{node.name} imports {name}: move it to the top of the file"

@@ -119,7 +119,8 @@ def test_the_order_depends_on_the_seed_and_nothing_else() -> None:
     torch.manual_seed(9), np.random.seed(9)
     assert take(Order(rows, 5, 2, seed=3), 20) == first
     assert take(Order(rows, 5, 2, seed=4), 20) != first
-    assert [p[1:] for p in first[0]] != [p[1:] for p in take(Order(rows, 5, 2, seed=3), 30)[23 // 5 + 1]]
+    places = [place for batch in take(Order([23], 23, 1, seed=3), 2) for place in batch]
+    assert [row for _, _, row in places[:23]] != [row for _, _, row in places[23:]]  # each epoch has its own
 
 
 def test_only_a_window_of_row_groups_is_mixed() -> None:
@@ -142,18 +143,16 @@ def test_batches_hold_what_the_shards_hold(world: Path, tokenizer: Tokenizer, sp
             data = row["jpg"] if split == "noisy" else row["image"]["bytes"]
             texts = [row["caption"]] if split == "noisy" else [c["text"] for c in row["captions"]]
             expected[image_id(data)] = image_transform(decode(data), SIZE), texts
-    rows = len(expected)
     stream, found_rows = training_batches(
         config(world / split, batch_size=1, augmentation=PLAIN), tokenizer, SIZE, 0
     )
-    assert found_rows == rows == {"noisy": 23, "clean": 7}[split]
+    assert found_rows == len(expected) == {"noisy": 23, "clean": 7}[split]
     seen = set()
-    for batch in itertools.islice(stream, rows):
+    for batch in itertools.islice(stream, found_rows):
         pixels, texts = expected[int(batch.image_ids)]
         seen.add(int(batch.image_ids))
         torch.testing.assert_close(batch.pixels[0], pixels)
         assert batch.ids[0].tolist() in [tokenizer([clean(text)], 40)[0][0].tolist() for text in texts]
-        assert batch.prompt_length == 0
     assert seen == expected.keys()
 
 
@@ -245,9 +244,9 @@ def test_broken_rows_of_a_raw_shard_are_left_out(tmp_path: Path, tokenizer: Toke
     ]
     raw_shard(tmp_path / "a.parquet", rows)
     (batch,) = batches(tokenizer, config(tmp_path, batch_size=9), 1)
-    found = dict(zip(batch.image_ids.tolist(), batch.ids.tolist(), strict=True))
     ids, _ = tokenizer(list(good.values()), 40)
-    assert found == {image_id(jpeg(key)): ids[i].tolist() for i, key in enumerate(good)}
+    expected = {image_id(jpeg(key)): ids[i].tolist() for i, key in enumerate(good)}
+    assert dict(zip(batch.image_ids.tolist(), batch.ids.tolist(), strict=True)) == expected
 
 
 def test_broken_captions_of_a_clean_shard_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -255,7 +254,7 @@ def test_broken_captions_of_a_clean_shard_are_left_out(tmp_path: Path, tokenizer
         image = {"bytes": jpeg(key), "path": None}
         return {"key": str(key), "image": image, "captions": [caption(text) for text in texts]}
 
-    rows = [row(0, None, "", "#", "a red circle"), row(1), row(2, "a blue square"), row(3, None, "?!" * 0)]
+    rows = [row(0, None, "", "#", "a red circle"), row(1), row(2, "a blue square"), row(3, None, "")]
     rows += [{"key": "4", "image": None, "captions": [caption("two stars")]}]
     rows += [
         {"key": "5", "image": {"bytes": None, "path": "/etc/passwd"}, "captions": [caption("two stars")]}
@@ -306,8 +305,7 @@ def test_half_written_files_are_not_shards(world: Path, tmp_path: Path) -> None:
     for name in ("00000.parquet", ".00001.parquet", "_tmp.parquet"):
         raw_shard(tmp_path / name, [{"key": "0", "caption": "a", "jpg": b""}])
     assert [group.path.name for group in find_groups((str(tmp_path),), Columns())] == ["00000.parquet"]
-    single = tmp_path / "_tmp.parquet"  # named on purpose
-    assert [group.path for group in find_groups((str(single),), Columns())] == [single]
+    assert len(find_groups((str(tmp_path / "_tmp.parquet"),), Columns())) == 1  # named on purpose
 
 
 def test_row_groups_are_found_with_their_first_rows(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from tiny import pixels, tiny_batch, tiny_blip
-from torch import Tensor, nn
+from torch import nn
 
 from blip import load_blip
 from blip.checkpoint import load_state
@@ -27,7 +27,7 @@ from blip.tokenizer import write_vocabulary
 from pipelines import train_blip
 from pipelines.log import RunLog
 from pipelines.optim import OptimConfig, lr_at
-from pipelines.parallel import autocast, checkpoint_activations, pick_device
+from pipelines.parallel import checkpoint_activations, pick_device
 from pipelines.trainer import STATE_FILE, NotFinite, TrainConfig, resume, train
 from pipelines.world import WorldConfig, write_world
 from pipelines.world_text import VOCABULARY
@@ -65,22 +65,6 @@ def write_config(world: Path, out: Path, **sections: Any) -> Path:
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(tree | sections))
     return path
-
-
-def assert_equal(one: Any, other: Any, where: str = "state") -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for i, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-            assert_equal(mine, theirs, f"{where}.{i}")
-    else:
-        assert one == other, where
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -136,7 +120,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: 
     assert wait(lambda: not any(map(is_alive, workers)), 60), "a data worker outlives its killed run"
 
     assert train_blip.main([str(config)]) == 0
-    assert_equal(load_state(killed / STATE_FILE), load_state(undisturbed / STATE_FILE))
+    states = [load_state(folder / STATE_FILE) for folder in (undisturbed, killed)]
+    assert states[0].keys() == {"model", "optimizer", "step", "torch_rng", "cuda_rng"}
+    for part in (
+        lambda state: state["optimizer"]["state"],
+        lambda s: (s["model"], s["step"], s["torch_rng"]),
+    ):
+        torch.testing.assert_close(*map(part, states), rtol=0, atol=0)
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (undisturbed, killed)]
     assert weights[0] == weights[1]
     lines = [
@@ -146,9 +136,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: 
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))
 
-    state = load_state(undisturbed / STATE_FILE)["model"]
-    assert (state["teacher.id_queue"] != NO_IMAGE).all()
-    assert int(state["teacher.steps"]) == STEPS
+    assert (states[0]["model"]["teacher.id_queue"] != NO_IMAGE).all()
+    assert int(states[0]["model"]["teacher.steps"]) == STEPS
 
 
 def test_a_finished_run_is_left_as_it_is(world: Path, tmp_path: Path) -> None:
@@ -310,14 +299,6 @@ def test_bf16_trains_and_keeps_weights_in_fp32(tmp_path: Path) -> None:
             assert line[name] != other[name]
 
 
-def test_autocast_is_off_in_fp32() -> None:
-    x = torch.ones(2, 2)
-    with autocast(CPU, "bf16"):
-        assert (x @ x).dtype == torch.bfloat16
-    with autocast(CPU, "fp32"):
-        assert (x @ x).dtype == torch.float32
-
-
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
     """With dropout, whose draws must be the same when a block is computed again, and with a teacher."""
     batch, gradients, losses, calls = tiny_batch((1, 2, 3)), [], [], []
@@ -373,15 +354,6 @@ def test_the_state_of_another_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the state of this model") as error:
         resume(tmp_path, other, torch.optim.AdamW(other.parameters()), CPU)
     assert str(tmp_path / STATE_FILE) in str(error.value)
-
-
-def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
-    run_steps(tmp_path, tiny_blip(), endless(), TrainConfig(steps=1, device="cpu"))
-    path = tmp_path / STATE_FILE
-    path.write_bytes(path.read_bytes()[:5000])
-    model = tiny_blip()
-    with pytest.raises(ValueError, match="damaged"):
-        resume(tmp_path, model, torch.optim.AdamW(model.parameters()), CPU)
 
 
 def test_training_after_a_resume_leaves_the_file_alone(tmp_path: Path) -> None:
