@@ -25,7 +25,8 @@ $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo 'Python 3.11 or newer is needed and "$(PYTHON)" is not; try: make setup PYTHON=python3.11' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -r requirements.lock
+	@echo 'installing the packages of requirements.lock into $(VENV): 7 GB, a few minutes'
+	$(RUN) pip install --quiet -r requirements.lock
 	@touch $@
 
 demo: $(READY)  ## CapFilt from end to end on a generated corpus, on a CPU

@@ -106,6 +106,16 @@ def test_padding_changes_no_written_text_with_or_without_its_mask(blip: Blip, ba
 
 
 @torch.no_grad()
+def test_a_masked_word_is_not_seen_by_later_ones(blip: Blip, batch: Batch) -> None:
+    """Behind the text causality hides the padding; before or within it only the mask can."""
+    image, mask = look(blip), torch.ones_like(batch.ids)
+    mask[:, 1] = 0
+    states, others = (blip.med.write(ids, image, mask)[0] for ids in (batch.ids, change(batch.ids, 1)))
+    assert torch.equal(states[:, 2:], others[:, 2:])
+    assert not torch.equal(states[:, 2:], blip.med.write(batch.ids, image)[0][:, 2:])
+
+
+@torch.no_grad()
 def test_what_stands_in_the_padding_does_not_matter(blip: Blip, batch: Batch) -> None:
     junk = torch.where(batch.mask.bool(), batch.ids, 17)
     real = batch.mask.bool()
