@@ -103,16 +103,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, tmp_path: 
     config = write_config(world, killed)
     command = [sys.executable, "-m", "pipelines.train_blip", str(config), "data.workers=1"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    metrics = killed / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as run:
+    metrics, errors = killed / "metrics.jsonl", tmp_path / "errors.txt"
+    with errors.open("wb") as file, subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file) as run:
         started = wait(
             lambda: run.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 7),
             600,
         )
         workers = children(run.pid)
         run.send_signal(signal.SIGKILL)
-        _, errors = run.communicate()
-    assert started and run.returncode == -signal.SIGKILL, errors.decode()
+    assert started and run.returncode == -signal.SIGKILL, errors.read_text()
     step = load_state(killed / STATE_FILE)["step"]
     assert SAVE_EVERY < step < STEPS
     assert not (killed / "model").exists()
