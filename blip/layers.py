@@ -74,6 +74,11 @@ class MLP(nn.Module):
         return self.norm(x + F.dropout(y, self.dropout, self.training))
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """What is normalised, compared or put into a loss has 32 bits or more, whatever autocast computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def extend(past: KV | None, kv: KV) -> KV:
     """Append the keys and values of new positions to those of earlier ones."""
     if past is None:

@@ -29,6 +29,7 @@ def itc_loss(
     image_to_text: Tensor, text_to_image: Tensor, image_targets: Tensor, text_targets: Tensor
 ) -> Tensor:
     """Symmetric contrastive loss: mean of two soft cross-entropies, logits and targets each [B, G]."""
+    image_targets, text_targets = image_targets.to(image_to_text), text_targets.to(text_to_image)
     return (F.cross_entropy(image_to_text, image_targets) + F.cross_entropy(text_to_image, text_targets)) / 2
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from blip import losses
 from blip.checkpoint import save_model
+from blip.distributed import Rows, share
 from blip.generate import BEAM_SEARCH, Decoding, generate
-from blip.layers import KV, bert_init
+from blip.layers import KV, at_least_fp32, bert_init
 from blip.med import MED, MEDConfig
 from blip.momentum import Momentum, MomentumConfig
 from blip.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class BlipConfig:
     negative_floor: float = (
         1e-4  # added to the weight of every ITM negative; raise it when ITM stays at 0.6365
     )
+    negative_all_rank: bool = False  # ITM negatives from all processes; BLIP: in retrieval fine-tuning only
 
     @staticmethod
     def of(size: str, image_size: int = 224) -> "BlipConfig":
@@ -97,11 +99,11 @@ class Blip(nn.Module):
 
     def image_features(self, image_tokens: Tensor) -> Tensor:
         """Unit ITC features [B, E] of image tokens [B, N, D]."""
-        return F.normalize(self._head("vision_proj")(image_tokens[:, 0]).float(), dim=-1)
+        return F.normalize(at_least_fp32(self._head("vision_proj")(image_tokens[:, 0])), dim=-1)
 
     def encode_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit ITC features [R, E] of texts that start with [CLS]."""
-        return F.normalize(self._head("text_proj")(self.med.encode(ids, mask)[:, 0]).float(), dim=-1)
+        return F.normalize(at_least_fp32(self._head("text_proj")(self.med.encode(ids, mask)[:, 0])), dim=-1)
 
     def match(self, ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """ITM logits [R, 2], class 1 = match, of R = n * B texts, those of an image next to each other."""
@@ -110,7 +112,7 @@ class Blip(nn.Module):
     def match_projected(self, ids: Tensor, mask: Tensor, image: list[KV]) -> Tensor:
         """`match` on keys and values that were projected before, by `med.project_image`."""
         states = self.med.match(_begin(ids, self.config.enc_id), mask, image)
-        return self._head("itm")(states[:, 0]).float()
+        return at_least_fp32(self._head("itm")(states[:, 0]))
 
     @torch.no_grad()
     def caption(
@@ -127,24 +129,6 @@ class Blip(nn.Module):
         start = self.tokenizer.prompt(prompt).to(pixels.device)  # [P]
         ids = generate(self.med, image, start, self.tokenizer.sep, decoding or BEAM_SEARCH, seeds)
         return self.tokenizer.decode(ids[:, len(start) :])
-
-    def keep(self, *, reads: bool, writes: bool) -> "Blip":
-        """A model with the asked parts only: a captioner only writes, a filter only reads.
-
-        Raises ValueError when this model does not have a part that is asked for.
-        """
-        have = self.config.text
-        if (reads, writes) == (have.reads, have.writes):
-            return self
-        if (reads and not have.reads) or (writes and not have.writes):
-            raise ValueError(
-                f"reads={reads}, writes={writes} was asked of weights with reads={have.reads}, "
-                f"writes={have.writes}; start from weights that have these parts, such as a pretrained MED"
-            )
-        part = Blip(replace(self.config, text=replace(have, reads=reads, writes=writes)), self.tokenizer)
-        mine = self.state_dict()
-        part.load_state_dict({name: mine[name] for name in part.state_dict()})
-        return part.to(next(self.parameters()).device).train(self.training)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `load_blip` loads; the teacher is left out."""
@@ -184,39 +168,61 @@ class Blip(nn.Module):
             self.teacher.steps += 1
 
     def _itc_itm(self, batch: Batch, tokens: Tensor, image: list[KV]) -> dict[str, Tensor]:
+        rows = Rows.of(len(batch.ids), batch.ids.device)
         image_features, text_features = self.image_features(tokens), self.encode_texts(batch.ids, batch.mask)
-        images, texts, ids = image_features, text_features, batch.image_ids  # the candidates, [G, E] and [G]
-        if self.teacher is not None:
-            teacher_image, teacher_text = self.teacher.features(batch.pixels, batch.ids, batch.mask)
-            images = torch.cat([teacher_image, self.teacher.image_queue])
-            texts = torch.cat([teacher_text, self.teacher.text_queue])
-            ids = torch.cat([batch.image_ids, self.teacher.id_queue])
-        same = losses.same_image(batch.image_ids, ids)  # [B, G]
-        to_text = image_features @ texts.T / self.temperature  # [B, G]
+        batch_ids = rows.gather(batch.image_ids)  # [G]
+        if self.teacher is None:
+            images, texts = rows.gather_with_grad(image_features), rows.gather_with_grad(text_features)
+            ids = (
+                batch_ids  # images, texts, ids: the candidates, [C, E] and [C], the batch of all ranks first
+            )
+        else:
+            slow = self.teacher.features(batch.pixels, batch.ids, batch.mask)
+            slow_images, slow_texts = rows.gather(slow[0]), rows.gather(slow[1])
+            images = torch.cat([slow_images, self.teacher.image_queue])
+            texts = torch.cat([slow_texts, self.teacher.text_queue])
+            ids = torch.cat([batch_ids, self.teacher.id_queue])
+        same = losses.same_image(batch.image_ids, ids)  # [B, C]
+        to_text = image_features @ texts.T / self.temperature  # [B, C]
         to_image = text_features @ images.T / self.temperature
         targets = [losses.itc_targets(same)] * 2
         if self.teacher is not None:
             with torch.no_grad():
-                slow = teacher_image @ texts.T / self.temperature, teacher_text @ images.T / self.temperature
-                targets = [losses.itc_targets(same, logits, self.teacher.alpha) for logits in slow]
+                seen = slow[0] @ texts.T / self.temperature, slow[1] @ images.T / self.temperature
+                targets = [losses.itc_targets(same, logits, self.teacher.alpha) for logits in seen]
             if self.training:  # what is only measured stays out of the queue
-                self.teacher.enqueue(teacher_image, teacher_text, batch.image_ids)
-        itm = self._itm(batch, image, to_text.detach(), to_image.detach())
-        return {"itc": losses.itc_loss(to_text, to_image, *targets), "itm": itm}
+                self.teacher.enqueue(slow_images, slow_texts, batch_ids)
+        itc = losses.itc_loss(to_text, to_image, *targets)
+        itm = self._itm(batch, rows, tokens, image, to_text.detach(), to_image.detach())
+        return {"itc": itc * rows.share, "itm": itm * rows.share}
 
-    def _itm(self, batch: Batch, image: list[KV], to_text: Tensor, to_image: Tensor) -> Tensor:
-        """Each image with its text and with a hard wrong one, each text with a hard wrong image: 3B pairs."""
-        rows = len(batch.ids)
-        same = losses.same_image(batch.image_ids, batch.image_ids)
+    def _itm(
+        self, batch: Batch, rows: Rows, tokens: Tensor, image: list[KV], to_text: Tensor, to_image: Tensor
+    ) -> Tensor:
+        """Each image with its text and with a hard wrong one, each text with a hard wrong image: 3B pairs.
+
+        The wrong ones are of this rank, or of all with `negative_all_rank`; `to_text` and `to_image` [B, C].
+        """
+        ids, mask, image_ids = batch.ids, batch.mask, batch.image_ids
+        candidates = rows.own
+        everywhere = self.config.negative_all_rank and len(rows.counts) > 1
+        if everywhere:
+            ids, mask = rows.gather_texts(ids), rows.gather_texts(mask)  # [G, T]
+            image_ids, candidates = rows.gather(image_ids), slice(0, sum(rows.counts))
+        same = losses.same_image(batch.image_ids, image_ids)
         floor = self.config.negative_floor
-        wrong_text = losses.hard_negatives(to_text[:, :rows], same, floor)  # [B]
-        wrong_image = losses.hard_negatives(to_image[:, :rows], same, floor)
-        ids = torch.stack([batch.ids, batch.ids[wrong_text]], 1).flatten(0, 1)  # [2B, T], two texts per image
-        mask = torch.stack([batch.mask, batch.mask[wrong_text]], 1).flatten(0, 1)
-        pairs = self.match_projected(ids, mask, image).unflatten(0, (rows, 2))  # [B, 2, 2]
-        other = self.match_projected(
-            batch.ids, batch.mask, [(k[wrong_image], v[wrong_image]) for k, v in image]
-        )
+        wrong_text = losses.hard_negatives(to_text[:, candidates], same, floor)  # [B]
+        wrong_image = losses.hard_negatives(to_image[:, candidates], same, floor)
+        if everywhere:
+            wrong = self.med.project_image(rows.gather_with_grad(tokens)[wrong_image])
+            own_ids, own_mask = ids[rows.own], mask[rows.own]
+        else:
+            wrong = [(k[wrong_image], v[wrong_image]) for k, v in image]
+            own_ids, own_mask = ids, mask
+        two_ids = torch.stack([own_ids, ids[wrong_text]], 1).flatten(0, 1)  # [2B, T], two texts per image
+        two_masks = torch.stack([own_mask, mask[wrong_text]], 1).flatten(0, 1)
+        pairs = self.match_projected(two_ids, two_masks, image).unflatten(0, (-1, 2))  # [B, 2, 2]
+        other = self.match_projected(batch.ids, batch.mask, wrong)
         return losses.itm_loss(pairs[:, 0], torch.cat([pairs[:, 1], other]))
 
     def _lm(self, batch: Batch, image: list[KV]) -> Tensor:
@@ -224,7 +230,9 @@ class Blip(nn.Module):
         states, _ = self.med.write(ids[:, :-1], image)  # pads come last: causality already hides them
         targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]
         counts = targets != IGNORED
-        return losses.lm_loss(self.med.logits(states[counts]), targets[counts], self.config.label_smoothing)
+        logits = self.med.logits(states[counts])
+        loss = losses.lm_loss(logits, targets[counts], self.config.label_smoothing)
+        return loss * share(len(logits), ids.device)
 
     def _head(self, name: str) -> nn.Module:
         if name not in self.heads:

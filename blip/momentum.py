@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip.layers import at_least_fp32
 from blip.med import MED, MEDConfig
 
 NO_IMAGE = -1  # the image id of a queue place that was never filled
@@ -80,8 +81,8 @@ class Momentum(nn.Module):
     @torch.no_grad()
     def features(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Unit image and text features of the teacher, each [B, E]."""
-        image = F.normalize(self.heads["vision_proj"](self.vision(pixels)[:, 0]).float(), dim=-1)
-        text = F.normalize(self.heads["text_proj"](self.med.encode(ids, mask)[:, 0]).float(), dim=-1)
+        image = F.normalize(at_least_fp32(self.heads["vision_proj"](self.vision(pixels)[:, 0])), dim=-1)
+        text = F.normalize(at_least_fp32(self.heads["text_proj"](self.med.encode(ids, mask)[:, 0])), dim=-1)
         return image, text
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny import randomize
 
-from blip.checkpoint import save_model
+from blip import load_blip
 from blip.generate import Decoding
 from blip.med import MEDConfig
 from blip.model import Blip, BlipConfig
@@ -25,9 +25,9 @@ def save_models(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     text = MEDConfig(len(tokenizer), width=32, depth=2, heads=4, hidden=64, max_positions=40)
     vision = VisionConfig(image_size=32, patch_size=16, width=24, depth=2, heads=3)
     config = BlipConfig(vision, text, embed=16, dec_id=tokenizer.dec, enc_id=tokenizer.enc)
-    med = randomize(Blip(config, tokenizer), seed)
-    save_model(med.keep(reads=False, writes=True), folder / "captioner")
-    save_model(med.keep(reads=True, writes=False), folder / "filter")
+    randomize(Blip(config, tokenizer), seed).save_pretrained(folder / "med")
+    load_blip(folder / "med", reads=False).save_pretrained(folder / "captioner")
+    load_blip(folder / "med", writes=False).save_pretrained(folder / "filter")
     return folder / "captioner", folder / "filter"
 
 

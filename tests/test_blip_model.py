@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SEP, VOCABULARY, pixels, tiny_batch, tiny_blip, tiny_config, tiny_tokenizer
+from tiny import SEP, VOCABULARY, pixels, randomize, tiny_batch, tiny_blip, tiny_config, tiny_tokenizer
 from torch import Tensor
 
 from blip import load_blip
@@ -116,22 +116,25 @@ def outputs(blip: Blip) -> dict[str, Tensor]:
     return found
 
 
+def whole_med(folder: Path) -> Blip:
+    """A MED with a tokenizer, saved to `folder`."""
+    whole = randomize(Blip(tiny_config(), tiny_tokenizer(folder / "words")))
+    whole.save_pretrained(folder / "med")
+    return whole
+
+
 @torch.no_grad()
-def test_a_part_does_what_it_did_in_the_whole() -> None:
-    whole = tiny_blip()
-    expected = outputs(whole)
+def test_a_part_does_what_it_did_in_the_whole(tmp_path: Path) -> None:
+    expected = outputs(whole_med(tmp_path))
     for reads, names in ((False, {"write"}), (True, {"image", "text", "match"})):
-        part = whole.keep(reads=reads, writes=not reads)
+        part = load_blip(tmp_path / "med", reads=reads, writes=not reads)
         assert outputs(part).keys() == names
         for name, value in outputs(part).items():
             assert torch.equal(value, expected[name])
 
 
 def test_a_captioner_has_no_weights_to_read_with() -> None:
-    captioner, only_filter = (
-        tiny_blip().keep(reads=False, writes=True),
-        tiny_blip().keep(reads=True, writes=False),
-    )
+    captioner, only_filter = tiny_blip(reads=False), tiny_blip(writes=False)
     names = [name for name, _ in captioner.named_parameters()]
     assert not [name for name in names if ".read." in name or name.startswith(("heads", "temperature"))]
     names = [name for name, _ in only_filter.named_parameters()]
@@ -140,22 +143,11 @@ def test_a_captioner_has_no_weights_to_read_with() -> None:
         captioner.encode_images(pixels(1))
 
 
-def test_a_part_has_weights_and_the_mode_of_its_own() -> None:
-    whole = tiny_blip()
-    assert not whole.eval().keep(reads=False, writes=True).training
-    part = whole.train().keep(reads=False, writes=True)
-    assert part.training
-    shared = {w.data_ptr() for w in part.parameters()} & {w.data_ptr() for w in whole.parameters()}
-    assert not shared
-    assert whole.keep(reads=True, writes=True) is whole
-
-
-@pytest.mark.parametrize(("reads", "writes"), [(True, False), (False, True)])
-def test_what_is_not_there_cannot_be_kept(reads: bool, writes: bool) -> None:
-    with pytest.raises(ValueError, match=r"was asked of weights with .* pretrained MED"):
-        tiny_blip(reads=reads, writes=writes).keep(reads=not reads, writes=not writes)
-    with pytest.raises(ValueError, match="was asked of weights"):
-        tiny_blip(reads=reads, writes=writes).keep(reads=True, writes=True)
+def test_what_is_not_there_cannot_be_loaded(tmp_path: Path) -> None:
+    whole_med(tmp_path)
+    load_blip(tmp_path / "med", reads=False).save_pretrained(tmp_path / "captioner")
+    with pytest.raises(ValueError, match="no part that reads; reads=True needs a pretrained MED"):
+        load_blip(tmp_path / "captioner", reads=True)
 
 
 @torch.no_grad()
