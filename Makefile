@@ -7,17 +7,22 @@ READY := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 SHARDS = $(if $(IN),'data.shards=[$(IN)]')
 FOLDER = $(if $(OUT),'out=$(OUT)')
+# NPROC processes on each of NNODES machines; HEAD is host:port of the first, the same line runs on all.
+NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --rdzv-endpoint=$(or $(HEAD),\
+	$(error NNODES needs HEAD=host:port of the first machine)),--standalone)
+TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench world pretrain captioner filter tiny-weights capfilt select clean
+.PHONY: help setup demo test check bench world shards pretrain captioner filter \
+	tiny-weights capfilt select calibrate curves clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER THRESHOLD FRACTION ARGS PYTHON'
+	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER THRESHOLD FRACTION VERDICTS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
 	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
-	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml ARGS='optim.lr=1e-4 train.seed=1'"
+	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='optim.lr=1e-4 train.seed=1'"
 
 setup: $(READY)  ## make .venv with the locked packages; any other target does it when needed
 
@@ -46,14 +51,17 @@ bench: $(READY)  ## measure on this machine: captions and scores beside transfor
 world: $(READY)  ## draw the generated corpus: noisy, clean and test shards with their truth
 	$(RUN) pipelines.world $(or $(CONFIG),configs/tiny/world.yaml) $(FOLDER) $(ARGS)
 
+shards: $(READY)  ## clean shards from COCO, Flickr30k, NoCaps, a folder or a table: CONFIG=configs/ingest_coco.yaml
+	$(RUN) pipelines.ingest $(or $(CONFIG),configs/ingest_folder.yaml) $(FOLDER) $(ARGS)
+
 pretrain: $(READY)  ## train a MED: ITC + ITM + LM; tiny, unless CONFIG is configs/pretrain_14m_base.yaml or your own
-	$(RUN) pipelines.train_blip $(or $(CONFIG),configs/tiny/pretrain.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+	$(TRAIN)pipelines.train_blip $(or $(CONFIG),configs/tiny/pretrain.yaml) $(SHARDS) $(FOLDER) $(ARGS)
 
 captioner: $(READY)  ## fine-tune a captioner: LM; tiny, unless CONFIG is configs/captioner_coco.yaml or your own
-	$(RUN) pipelines.train_blip $(or $(CONFIG),configs/tiny/captioner.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+	$(TRAIN)pipelines.train_blip $(or $(CONFIG),configs/tiny/captioner.yaml) $(SHARDS) $(FOLDER) $(ARGS)
 
 filter: $(READY)  ## fine-tune a filter: ITC + ITM; tiny, unless CONFIG is configs/filter_coco.yaml or your own
-	$(RUN) pipelines.train_blip $(or $(CONFIG),configs/tiny/filter.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+	$(TRAIN)pipelines.train_blip $(or $(CONFIG),configs/tiny/filter.yaml) $(SHARDS) $(FOLDER) $(ARGS)
 
 tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
 	$(RUN) pipelines.world configs/tiny/world.yaml
@@ -69,6 +77,13 @@ capfilt: needs-IN needs-OUT needs-CAPTIONER needs-FILTER $(READY)  ## caption an
 select: needs-OUT $(READY)  ## keep the texts of OUT that score THRESHOLD (0.5), or the best FRACTION of them
 	$(RUN) pipelines.select $(or $(CONFIG),configs/select.yaml) 'out=$(OUT)' \
 		$(if $(THRESHOLD),threshold=$(THRESHOLD)) $(if $(FRACTION),fraction=$(FRACTION)) $(ARGS)
+
+calibrate: needs-OUT $(READY)  ## the threshold for a wanted precision, from labelled rows of OUT: VERDICTS=verdicts.json
+	$(RUN) pipelines.calibrate $(or $(CONFIG),configs/calibrate.yaml) 'out=$(OUT)' \
+		$(if $(VERDICTS),'verdicts=$(VERDICTS)') $(ARGS)
+
+curves: $(READY)  ## the learning curves of runs side by side: ARGS='runs=[runs/a,runs/b]'
+	$(RUN) pipelines.curves $(or $(CONFIG),configs/curves.yaml) $(ARGS)
 
 clean:  ## remove what the demo and the tools left; your runs and .venv stay
 	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

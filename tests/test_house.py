@@ -24,8 +24,8 @@ MAY_IMPORT = {
 DOORS = {  # library -> the files it may enter by, so that replacing it is one file
     "PIL": ["blip/image.py", "pipelines/world*.py"],
     "fairscale": ["pipelines/parallel.py"],
-    "matplotlib": ["pipelines/curves.py"],
-    "pyarrow": ["capfilt/*.py", "pipelines/data.py", "pipelines/demo.py", "pipelines/world*.py"],
+    "matplotlib": ["pipelines/curves*.py"],
+    "pyarrow": ["capfilt/*.py", *(f"pipelines/{name}.py" for name in ("data", "demo", "ingest", "world*"))],
     "pydantic": ["pipelines/config.py"],
     "ray": ["capfilt/cluster.py"],
     "timm": ["blip/vision.py"],
