@@ -7,11 +7,13 @@ imported here: a model is anything with a config dataclass, a tokenizer and a st
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import typing
 import zipfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,7 +54,8 @@ def save_model(model: Model, folder: str | Path) -> None:
     folder = Path(folder)
     _refuse_to_lose_files(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    _sweep(folder)
+    new = Path(tempfile.mkdtemp(prefix=_temporary(folder), dir=folder.parent))
     try:
         new.chmod(0o755)  # mkdtemp's own is for its user alone
         description = {"format": FORMAT, "model": type(model).__name__, "config": asdict(model.config)}
@@ -194,7 +197,8 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.new-", dir=path.parent)
+    _sweep(path)
+    handle, name = tempfile.mkstemp(prefix=_temporary(path), dir=path.parent)
     os.close(handle)
     try:
         torch.save(state, name)
@@ -249,6 +253,43 @@ def _replace(folder: Path, new: Path) -> None:
     new.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _temporary(path: Path) -> str:
+    """How the name begins under which this process writes `path`."""
+    return f".{path.name}.new-{os.getpid()}-"
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it, each as large as `path` itself.
+
+    What a running process writes is left alone. One on another machine cannot be told from a dead one, but a
+    path has one writer; were there a second, it would fail with an error and lose nothing that is saved.
+    """
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.new-(\d{{1,9}})-\w+")
+    for left in path.parent.iterdir():
+        found = temporary.fullmatch(left.name)
+        if found is None or _is_another_process(int(found[1])):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):  # tidying up may not be what makes a save fail
+                left.unlink()
+
+
+def _is_another_process(pid: int) -> bool:
+    """Whether a process other than this one runs under `pid`.
+
+    Ours does not count: it has not begun to write yet, and in a container every life gets the same pid.
+    """
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, for another user
+        return True
+    return pid != os.getpid()
 
 
 def _sync(path: Path) -> None:

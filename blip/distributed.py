@@ -83,7 +83,7 @@ class Rows:
         """[B, ...] -> [G, ...]; what the losses of all ranks say about a row flows back to its owner."""
         if len(self.counts) == 1:
             return rows
-        gathered: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(rows, self)
         return gathered
 
     def gather_texts(self, texts: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class _Gather(torch.autograd.Function):
         return of.gather(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[ctx.of.own], None

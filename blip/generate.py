@@ -60,8 +60,19 @@ BEAM_SEARCH = Decoding(beams=3)
 NUCLEUS = Decoding(top_p=0.9, repetition_penalty=1.1)
 
 
+class Positions(Protocol):
+    """What a writer's config must tell, such as `MEDConfig`."""
+
+    @property
+    def max_positions(self) -> int:
+        """The most ids a text can have."""
+
+
 class Writer(Protocol):
     """A causal text stack that looks at an image, such as `MED`."""
+
+    @property
+    def config(self) -> Positions: ...
 
     def write(
         self, ids: Tensor, image: list[KV], mask: Tensor | None = None, past: list[KV] | None = None
@@ -102,12 +113,13 @@ def generate(
     `image` holds keys and values of every layer, each [B, H, N, C]; `prompt` [P] opens every text; `seeds`,
     one 64-bit number per image, are for nucleus. A text depends on its image, its seed and `decoding`, never
     on the rest of the batch (up to rounding, which differs between batch sizes).
+    Raises ValueError where prompt, lengths or seeds do not fit, before anything is computed.
 
     Images whose text is final leave when they are half of the batch or more: all copies of image keys and
     values together then move less than the first batch once, and no step spends half its work on them.
     """
     images = image[0][0].size(0)
-    _check(prompt, images, decoding, seeds)
+    _check(prompt, images, decoding, seeds, writer.config.max_positions)
     state = _start(prompt, images, decoding, seeds)
     output = prompt.new_full((images, decoding.max_length), end)
     past: list[KV] = []
@@ -250,12 +262,19 @@ def _start(prompt: Tensor, images: int, decoding: Decoding, seeds: Sequence[int]
     )
 
 
-def _check(prompt: Tensor, images: int, decoding: Decoding, seeds: Sequence[int] | None) -> None:
+def _check(
+    prompt: Tensor, images: int, decoding: Decoding, seeds: Sequence[int] | None, max_positions: int
+) -> None:
     assert prompt.dim() == 1, f"all texts share one prompt [P], not {list(prompt.shape)}"
+    if decoding.max_length > max_positions:
+        raise ValueError(
+            f"max_length is {decoding.max_length}, but the text stack has positions for {max_positions} ids, "
+            f"prompt included; give a max_length of at most {max_positions}"
+        )
     if not 0 < len(prompt) < decoding.max_length:
         raise ValueError(
             f"the prompt has {len(prompt)} ids and max_length, which counts them, is {decoding.max_length}; "
-            "give at least one id and a max_length that leaves room for words"
+            f"give at least one id and a max_length (of at most {max_positions}) that leaves room for words"
         )
     if seeds is None and decoding.top_p is not None:
         raise ValueError(f"nucleus sampling of {images} images has no seeds; give one number per image")

@@ -155,7 +155,7 @@ class Blip(nn.Module):
         if self.config.text.reads:
             found |= self._itc_itm(batch, tokens, image)
         if self.config.text.writes:
-            found["lm"] = self._lm(batch, image)
+            found["lm"] = self.lm_loss(batch, image)
         return found
 
     @torch.no_grad()
@@ -225,7 +225,8 @@ class Blip(nn.Module):
         other = self.match_projected(batch.ids, batch.mask, wrong)
         return losses.itm_loss(pairs[:, 0], torch.cat([pairs[:, 1], other]))
 
-    def _lm(self, batch: Batch, image: list[KV]) -> Tensor:
+    def lm_loss(self, batch: Batch, image: list[KV]) -> Tensor:
+        """LM of the texts of a batch, on projected images [B]; in nats a word, labels smoothed."""
         ids = _begin(batch.ids, self.config.dec_id)
         states, _ = self.med.write(ids[:, :-1], image)  # pads come last: causality already hides them
         targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]

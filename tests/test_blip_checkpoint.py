@@ -6,7 +6,10 @@ import pickle
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -278,3 +281,51 @@ def test_a_killed_save_leaves_a_whole_model(saved: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         load(saved if saved.exists() else saved.parent / ".med.former")
+
+
+@contextmanager
+def stuck(save: Callable[[], None]) -> Iterator[None]:
+    """Beside us, a process that has written what it saves and not yet renamed it. In the end it is killed."""
+    written, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.fsync = lambda descriptor: os.write(tell, b".") and signal.pause()
+            save()
+        finally:
+            os._exit(1)
+    os.close(tell)
+    try:
+        assert os.read(written, 1) == b".", "it died before"
+        yield
+    finally:
+        os.close(written)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def save_as_state(blip: Blip, path: Path) -> None:
+    save_state(path, {"model": blip.state_dict()})
+
+
+@pytest.mark.parametrize("save", [save_as_state, save_model])
+def test_the_next_save_removes_what_a_killed_one_left(
+    tmp_path: Path, save: Callable[[Blip, Path], None]
+) -> None:
+    blip, target, mine = tiny_blip(), tmp_path / "med.1", tmp_path / ".med.1.new-ideas"
+    mine.touch()
+    with stuck(partial(save, blip, target)):
+        (left,) = set(tmp_path.iterdir()) - {mine}
+        save(blip, target)
+        assert left.exists()  # its process lives and may go on
+    save(blip, tmp_path / "other")
+    assert left.exists()  # this is another's business
+    save(blip, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".med.1.new-ideas", "med.1", "other"]
+
+
+def test_a_leftover_under_our_own_process_number_is_removed(tmp_path: Path) -> None:
+    """In a container the process that was killed and the one that goes on often have the same."""
+    (tmp_path / f".state.pt.new-{os.getpid()}-ab_c9xyz").touch()
+    save_state(tmp_path / "state.pt", {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]

@@ -12,6 +12,7 @@ from transformers.generation import logits_process
 
 from blip.generate import BEAM_SEARCH, NUCLEUS, Decoding, generate, highest, sample, uniform
 from blip.layers import KV
+from blip.med import MEDConfig
 from blip.model import Blip
 from blip.weights_hf import export_hf
 
@@ -99,6 +100,7 @@ class Toy:
 
     def __init__(self, words: int, seed: int = 0):
         self.words, self.seed = words, seed
+        self.config = MEDConfig(words)
 
     def write(
         self, ids: Tensor, image: list[KV], mask: Tensor | None = None, past: list[KV] | None = None
@@ -223,14 +225,8 @@ def test_sampling_follows_the_distribution_of_transformers(top_p, top_k):
 def test_the_nucleus_is_the_shortest_run_that_holds_top_p():
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
     high = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
-    assert [int(sample(scores, p, 50, high)) for p in (0.3, 0.41, 0.69, 0.71, 0.89, 0.91)] == [
-        1,
-        3,
-        3,
-        2,
-        2,
-        0,
-    ]
+    found = [int(sample(scores, top_p, 50, high)) for top_p in (0.3, 0.41, 0.69, 0.71, 0.89, 0.91)]
+    assert found == [1, 3, 3, 2, 2, 0]
     assert int(sample(torch.zeros(1, 5), 0.5, 50, high)) == 2  # of equals, the first three
 
 
@@ -239,6 +235,7 @@ class Constant:
 
     def __init__(self, logits: Tensor):
         self.row = logits
+        self.config = MEDConfig(len(logits))
 
     def write(
         self, ids: Tensor, image: list[KV], mask: Tensor | None = None, past: list[KV] | None = None
@@ -304,10 +301,9 @@ class Watched:
     """The same writer, with a record of what it was asked."""
 
     def __init__(self, writer):
-        self.writer, self.logits = writer, writer.logits
-        self.calls: list[
-            tuple[tuple[int, ...], int, int]
-        ] = []  # shape of ids, images, address of the first keys
+        self.writer, self.logits, self.config = writer, writer.logits, writer.config
+        # shape of ids, images, address of the first keys
+        self.calls: list[tuple[tuple[int, ...], int, int]] = []
 
     def write(self, ids, image, mask=None, past=None):
         self.calls.append((tuple(ids.shape), len(image[0][0]), image[0][0].data_ptr()))
@@ -390,3 +386,14 @@ def test_impossible_requests():
         ask([0], NUCLEUS)
     with pytest.raises(ValueError, match="3 seeds for 2 images"):
         ask([0], NUCLEUS, [1, 2, 3])
+
+
+@pytest.mark.parametrize("decoding", [{}, {"beams": 3}, {"top_p": 0.9}])
+def test_texts_are_at_most_as_long_as_the_text_stack(blip, decoding):
+    """The tiny model has 40 positions."""
+    longest = ours(blip, pixels(2), Decoding(**decoding, min_length=40, max_length=40), range(2))
+    assert [len(text) for text in longest] == [40, 40]
+    with pytest.raises(ValueError, match=r"max_length is 41, .* positions for 40 ids, .* at most 40"):
+        ours(blip, pixels(2), Decoding(**decoding, max_length=41), range(2))
+    with pytest.raises(ValueError, match=r"the prompt has 40 ids .* max_length \(of at most 40\)"):
+        ours(blip, pixels(2), Decoding(**decoding, max_length=40), range(2), prompt=PROMPT[:1].repeat(40))

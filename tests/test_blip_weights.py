@@ -1,10 +1,6 @@
-"""Weights of others: salesforce's files, Hugging Face folders, BERT, ViT; and every way they can be wrong."""
+"""Weights of others under our names: salesforce's and Hugging Face's; every way they can fail to fit."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,89 +9,24 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from test_blip_parity import (
-    WORDS,
-    assert_close,
-    assert_same_captioner,
-    assert_same_filter,
-    assert_same_vqa,
-    hf_config,
-)
+from foreign_weights import Tensors, bert, hf_folder, pair, pretrained, salesforce, write
+from test_blip_parity import WORDS, assert_same_captioner, assert_same_filter, assert_same_vqa, hf_config
 from tiny import pixels, randomize, tiny_blip, tiny_config, tiny_tokenizer, tiny_vqa
-from torch import Tensor
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
 from blip import Blip, export_hf, load_blip, load_vqa
 from blip.checkpoint import digest, save_model
 from blip.tokenizer import Tokenizer
-from blip.weights import init_text, init_vision
-
-Tensors = dict[str, Tensor]
-Theirs = BlipForConditionalGeneration | BlipForImageTextRetrieval | BlipForQuestionAnswering
-ROOT = Path(__file__).resolve().parent.parent
-
-TO_SALESFORCE = [  # transformers' convert_blip_original_pytorch_to_hf.py, the other way round
-    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual_encoder.patch_embed.proj"),
-    (r"^vision_model\.post_layernorm", "visual_encoder.norm"),
-    (r"^vision_model\.encoder\.layers", "visual_encoder.blocks"),
-    (r"\.self_attn\.projection", ".attn.proj"),
-    (r"\.self_attn\.qkv", ".attn.qkv"),
-    (r"\.layer_norm(\d)", r".norm\1"),
-]
-
-
-def salesforce(model: Theirs) -> Tensors:
-    """The state dict under salesforce's names, with its buffers and the tied copies."""
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        for pattern, replacement in TO_SALESFORCE:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor.clone()
-    for stack in ("text_encoder", "text_decoder.bert"):
-        if f"{stack}.embeddings.word_embeddings.weight" in renamed:
-            renamed[f"{stack}.embeddings.position_ids"] = torch.arange(20)[None]
-    return renamed
-
-
-def pair() -> tuple[BlipForConditionalGeneration, BlipForImageTextRetrieval]:
-    """A captioner and a filter that share all but text self-attention, as a pretrained MED does."""
-    captioner = randomize(BlipForConditionalGeneration(salesforce_config()), 1)
-    retrieval = randomize(BlipForImageTextRetrieval(salesforce_config()), 2)
-    retrieval.vision_model.load_state_dict(captioner.vision_model.state_dict())
-    shared = {k: v for k, v in captioner.text_decoder.bert.state_dict().items() if ".attention." not in k}
-    retrieval.text_encoder.load_state_dict(retrieval.text_encoder.state_dict() | shared)
-    return captioner, retrieval
-
-
-def salesforce_config() -> transformers.BlipConfig:
-    """64 channels per head: 3 and 2 heads. LayerNorm's eps as in salesforce's code."""
-    return hf_config(192, 128, layer_norm_eps=1e-6)
-
-
-def pretrained() -> tuple[Tensors, BlipForConditionalGeneration, BlipForImageTextRetrieval]:
-    captioner, retrieval = pair()
-    tensors = salesforce(captioner) | salesforce(retrieval) | {"temp": torch.tensor(0.03)}
-    teachers = ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.")
-    tensors |= {k.replace(".", "_m.", 1): v for k, v in tensors.items() if k.startswith(teachers)}
-    queues = {
-        "image_queue": torch.zeros(24, 8),
-        "text_queue": torch.zeros(24, 8),
-        "queue_ptr": torch.zeros(1),
-    }
-    return tensors | queues, captioner, retrieval
-
-
-def write(path: Path, tensors: Tensors) -> Path:
-    torch.save({"model": tensors, "epoch": 3, "config": {"image_size": 32}}, path)
-    return path
 
 
 @pytest.fixture
 def words(tmp_path: Path) -> Tokenizer:
     return tiny_tokenizer(tmp_path / "words")
+
+
+@pytest.fixture(scope="module")
+def whole() -> Tensors:
+    return pretrained()[0]
 
 
 def test_a_pretrained_file_has_all_three(tmp_path: Path, words: Tokenizer) -> None:
@@ -185,23 +116,6 @@ def test_images_of_another_size(tmp_path: Path, size: int) -> None:
         load_blip(tmp_path / "med", image_size=40)
 
 
-def test_every_file_format_of_a_folder(tmp_path: Path, words: Tokenizer) -> None:
-    theirs = randomize(BlipForConditionalGeneration(hf_config()))
-    single, sharded, pickled = (tmp_path / name for name in ("single", "sharded", "pickled"))
-    theirs.save_pretrained(single)
-    theirs.save_pretrained(sharded, max_shard_size="60KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 3
-    pickled.mkdir()
-    (pickled / "config.json").write_text((single / "config.json").read_text())
-    old = theirs.state_dict() | {"text_decoder.bert.embeddings.position_ids": torch.arange(20)[None]}
-    torch.save(old, pickled / "pytorch_model.bin")
-    for folder in (single, sharded, pickled):
-        assert_same_captioner(load_blip(folder, tokenizer=words), theirs)
-    next(sharded.glob("*-00002-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"00002.*missing or damaged"):
-        load_blip(sharded, tokenizer=words)
-
-
 def test_half_precision_weights_load_as_float32(tmp_path: Path, words: Tokenizer) -> None:
     theirs = randomize(BlipForConditionalGeneration(hf_config())).half()
     theirs.save_pretrained(tmp_path / "half")
@@ -220,12 +134,19 @@ def test_the_tokenizer_of_a_folder_is_used_and_must_fit(tmp_path: Path) -> None:
         load_blip(tmp_path / "hf", tokenizer=tmp_path / "other")
 
 
+def test_a_convolutional_stem_is_kept_and_cannot_be_exported(tmp_path: Path) -> None:
+    config = tiny_config()
+    blip = Blip(replace(config, vision=replace(config.vision, stem=(4, 8, 12, 16))))
+    blip.image_tokens(pixels(2))  # in training mode: the stem's batch norms take their statistics
+    save_model(blip, tmp_path / "med")
+    back = load_blip(tmp_path / "med")
+    assert back.config == blip.config
+    assert torch.equal(back.image_tokens(pixels(2)), blip.eval().image_tokens(pixels(2)))
+    with pytest.raises(ValueError, match="convolutional stem"):
+        export_hf(back, tmp_path / "hf")
+
+
 # Wrong weights
-
-
-@pytest.fixture(scope="module")
-def whole() -> Tensors:
-    return pretrained()[0]
 
 
 LAYER = "text_encoder.encoder.layer.1."
@@ -275,14 +196,6 @@ def test_wrong_weights_are_named(
     change(tensors)
     with pytest.raises(ValueError, match=complaint):
         load_blip(write(tmp_path / "model.pth", tensors), tokenizer=words)
-
-
-def hf_folder(folder: Path, tensors: Tensors | None = None, **config: object) -> Path:
-    randomize(BlipForConditionalGeneration(hf_config())).save_pretrained(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    save_file(load_file(folder / "model.safetensors") | (tensors or {}), folder / "model.safetensors")
-    return folder
 
 
 def test_a_config_that_asks_for_more_layers(tmp_path: Path, words: Tokenizer) -> None:
@@ -336,202 +249,3 @@ def test_other_architectures_are_named(tmp_path: Path) -> None:
     save_model(tiny_blip(), tmp_path / "med")
     with pytest.raises(ValueError, match="load it with load_blip"):
         load_vqa(tmp_path / "med")
-
-
-def test_damaged_and_absent_files(tmp_path: Path, words: Tokenizer) -> None:
-    folder = hf_folder(tmp_path / "hf")
-    file = folder / "model.safetensors"
-    content = file.read_bytes()
-    for end in (0, 5, 1000, len(content) - 1):
-        file.write_bytes(content[:end])
-        with pytest.raises(ValueError, match=r"model\.safetensors is missing or damaged"):
-            load_blip(folder, tokenizer=words)
-    file.unlink()
-    with pytest.raises(ValueError, match="holds no weights"):
-        load_blip(folder, tokenizer=words)
-    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="must name files of its own folder"):
-        load_blip(folder, tokenizer=words)
-    with pytest.raises(ValueError, match=r"absent\.pth does not exist"):
-        load_blip(tmp_path / "absent.pth")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-        load_blip(tmp_path / "empty")
-
-
-class Bomb:
-    """Pickled, it runs a command when unpickled."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.trace}",)
-
-
-def test_a_file_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    trace = tmp_path / "it-ran"
-    folder = hf_folder(tmp_path / "hf")
-    (folder / "model.safetensors").unlink()
-    torch.save({"model": {"text_proj.weight": Bomb(trace)}}, folder / "pytorch_model.bin")
-    torch.save({"model": {"text_proj.weight": Bomb(trace)}}, tmp_path / "model.pth")
-    for source in (folder, tmp_path / "model.pth"):
-        with pytest.raises(ValueError, match="is refused"):
-            load_blip(source)
-        with pytest.raises(ValueError, match=r"is refused|model_type"):
-            init_text(tiny_blip(), source)
-    with pytest.raises(ValueError, match="is refused"):
-        init_vision(tiny_blip(), tmp_path / "model.pth")
-    assert not trace.exists()
-
-
-# The hub
-
-
-def test_a_hub_name_is_loaded_from_the_cache_and_its_absence_is_explained(tmp_path: Path) -> None:
-    """In another process, since the hub's library reads its settings once. No network is used."""
-    folder = tmp_path / "hub" / "models--someone--blip" / "snapshots" / ("0" * 40)
-    hf_folder(folder)
-    tiny_tokenizer(folder)
-    refs = tmp_path / "hub" / "models--someone--blip" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40)
-    torch.save(
-        {"model": salesforce(randomize(BlipForConditionalGeneration(salesforce_config())))},
-        tmp_path / "x.pth",
-    )
-    code = (
-        "from blip import load_blip\n"
-        "print(load_blip('someone/blip').config.text.vocab_size)\n"
-        f"for source in ('someone/else', {str(tmp_path / 'x.pth')!r}):\n"
-        "    try: load_blip(source)\n"
-        "    except ValueError as error: print(error)\n"
-    )
-    settings = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True
-    )
-    size, absent, no_words = done.stdout.splitlines()
-    assert size == str(WORDS)
-    assert absent.startswith(
-        "someone/else is no local file or folder, and cannot be had from the Hugging Face hub"
-    )
-    assert "vocabulary" in no_words  # salesforce's files carry none, and there is no network to fetch BERT's
-
-
-# BERT and ViT
-
-
-def bert(words: int = WORDS - 2) -> transformers.BertForMaskedLM:
-    config = transformers.BertConfig(
-        vocab_size=words,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=40,
-    )
-    model = randomize(transformers.BertForMaskedLM(config))
-    with torch.no_grad():
-        model.bert.embeddings.token_type_embeddings.weight.zero_()  # BLIP leaves them out
-    return model
-
-
-@torch.no_grad()
-def assert_starts_as_bert(ours: Blip, theirs: transformers.BertForMaskedLM) -> None:
-    ids = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
-    mask = (ids != 0).long()
-    states = theirs.bert(ids, attention_mask=mask).last_hidden_state
-    assert_close(ours.med.encode(ids, mask), states)
-    state = ours.med.state_dict()
-    for name in state:
-        if ".write." in name:
-            assert torch.equal(state[name], state[name.replace(".write.", ".read.")])
-
-
-def test_text_starts_from_bert(tmp_path: Path) -> None:
-    theirs = bert()
-    theirs.save_pretrained(tmp_path / "bert")
-    ours, drawn = tiny_blip(), tiny_blip().state_dict()
-    init_text(ours, tmp_path / "bert")
-    assert_starts_as_bert(ours, theirs)
-    states = torch.randn(3, 32)
-    assert_close(ours.med.logits(states)[:, : WORDS - 2], theirs.cls(states))
-    for name, tensor in ours.state_dict().items():
-        if ".look." in name or not name.startswith("med."):
-            assert torch.equal(tensor, drawn[name])  # cross-attention is not BERT's, images and heads neither
-    assert torch.equal(ours.med.embeddings.word.weight[-2:], drawn["med.embeddings.word.weight"][-2:])
-
-
-@pytest.mark.parametrize("writes", [True, False])
-def test_text_starts_from_older_and_headless_berts(tmp_path: Path, writes: bool) -> None:
-    theirs = bert()
-    tensors = {
-        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-        for k, v in theirs.state_dict().items()
-    }
-    tensors["bert.embeddings.position_ids"] = torch.arange(40)[None]
-    tensors["bert.pooler.dense.weight"] = tensors["cls.seq_relationship.weight"] = torch.zeros(2, 2)
-    theirs.bert.save_pretrained(tmp_path / "headless")
-    for source in (write(tmp_path / "bert.pth", tensors), tmp_path / "headless"):
-        ours = tiny_blip(writes=writes)
-        init_text(ours, source)
-        assert_starts_as_bert(ours, theirs)
-
-
-def test_a_bert_that_does_not_fit(tmp_path: Path) -> None:
-    theirs = bert()
-    theirs.save_pretrained(tmp_path / "bert")
-    file = tmp_path / "bert" / "model.safetensors"
-    tensors = load_file(file)
-    key = "bert.encoder.layer.1.attention.self.key.bias"
-    save_file({k: v for k, v in tensors.items() if k != key}, file)
-    with pytest.raises(ValueError, match=r"missing: encoder\.layer\.1\.attention\.self\.key\.bias"):
-        init_text(tiny_blip(), tmp_path / "bert")
-    save_file(tensors | {"bert.encoder.layer.2.attention.self.key.bias": torch.zeros(32)}, file)
-    with pytest.raises(ValueError, match=r"unexpected: encoder\.layer\.2"):
-        init_text(tiny_blip(), tmp_path / "bert")
-    bert(words=30).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"has 30 words, the model 48 before"):
-        init_text(tiny_blip(), tmp_path / "bert")
-    config = json.loads((tmp_path / "bert" / "config.json").read_text())
-    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
-    with pytest.raises(ValueError, match="num_attention_heads 8; only 4"):
-        init_text(tiny_blip(), tmp_path / "bert")
-    with pytest.raises(ValueError, match="model_type 'blip'; only 'bert'"):
-        init_text(tiny_blip(), hf_folder(tmp_path / "hf"))
-
-
-@pytest.mark.parametrize("size", [32, 48])
-def test_vision_starts_from_a_file_of_timm(tmp_path: Path, size: int) -> None:
-    vit = timm.models.VisionTransformer(img_size=size, embed_dim=24, depth=2, num_heads=3, num_classes=5)
-    blip, image = tiny_blip(), pixels(2)
-    init_vision(blip, write(tmp_path / "deit.pth", randomize(vit).state_dict()))
-    positions = timm.layers.resample_abs_pos_embed(vit.pos_embed, [2, 2], antialias=False)
-    vit.set_input_size(img_size=32)
-    with torch.no_grad():
-        vit.pos_embed.copy_(positions)  # its own resampling smooths, BLIP's does not
-        assert_close(blip.image_tokens(image), vit.forward_features(image))
-
-
-def test_a_vit_that_does_not_fit(tmp_path: Path) -> None:
-    vit = timm.models.VisionTransformer(img_size=32, embed_dim=24, depth=3, num_heads=3, num_classes=5)
-    with pytest.raises(ValueError, match=r"unexpected: blocks\.2"):
-        init_vision(tiny_blip(), write(tmp_path / "deep.pth", vit.state_dict()))
-
-
-def test_a_convolutional_stem_is_kept_and_cannot_be_exported(tmp_path: Path) -> None:
-    config = tiny_config()
-    blip = Blip(replace(config, vision=replace(config.vision, stem=(4, 8, 12, 16))))
-    blip.image_tokens(pixels(2))  # in training mode: the stem's batch norms take their statistics
-    save_model(blip, tmp_path / "med")
-    back = load_blip(tmp_path / "med")
-    assert back.config == blip.config
-    assert torch.equal(back.image_tokens(pixels(2)), blip.eval().image_tokens(pixels(2)))
-    with pytest.raises(ValueError, match="convolutional stem"):
-        export_hf(back, tmp_path / "hf")
