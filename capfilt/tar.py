@@ -3,13 +3,16 @@
 Members are streamed and never extracted; a member's name is only ever text. Read are regular files that
 end in jpg, jpeg, png, webp, txt or json; the rest (links, devices, folders, pickles) is passed over.
 A row is a run of neighbouring members with the same key, which is the name up to its last dot.
+`index_tar` cuts a tar into parts, so that rows in the middle can be read without those before them.
 """
 
 import json
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,25 +21,36 @@ from capfilt.parquet import MAX_CELL_CHARS, MAX_IMAGE_BYTES, MAX_KEY_CHARS, MAX_
 from capfilt.schema import IMAGE, Chunk, ColumnMap, Columns, Row, ShardError, short_reason
 
 SCHEMA = pa.schema([("key", pa.string()), ("image", IMAGE), ("txt", pa.string()), ("json", pa.string())])
+PART_ROWS = 100  # as many as a row group of img2dataset's parquet files
 
 _PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
 _LIMITS = {"image": MAX_IMAGE_BYTES, "txt": 4 * MAX_TEXT_CHARS, "json": MAX_CELL_CHARS}
 _EMPTY_BLOCK = bytes(tarfile.BLOCKSIZE)
+# What tarfile raises for bytes that are no tar; the last two for long chains of headers and for huge ones.
+_DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError)
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class TarPart:
+    """Neighbouring whole samples of a tar."""
+
+    path: Path
+    offset: int  # byte at which the first of them begins
+    first: int  # its number in the tar
+    rows: int
+    repeated: tuple[int, ...] = ()  # numbers in the tar of those whose key came before, in this part or not
+
+
 @dataclass
 class _Sample:
-    """What the members of one key have given so far."""
+    """The members of one key, their contents still unread."""
 
     key: str
-    suffix: str = ""  # of the image
-    parts: dict[str, bytes] = field(default_factory=dict)  # by kind: image, txt, json
-    too_large: dict[str, int] = field(default_factory=dict)  # kind -> size of a part over its limit
-
-    def has(self, part: str) -> bool:
-        return part in self.parts or part in self.too_large
+    offset: int  # byte at which the first of them begins
+    repeated: bool  # the key came before
+    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)  # by kind: image, txt, json
 
 
 def read_tar(
@@ -48,53 +62,120 @@ def read_tar(
     KEY.txt, else the field `caption` of KEY.json; or the field that `columns.text` names.
     Errors: ShardError when the file is missing, is not an uncompressed tar, or, later, is damaged or cut off.
     """
+    found = _columns_of_tars(columns, path)
+    return found, SCHEMA, _chunks(_open(path), path, found.text, prefix or path.stem)
+
+
+def index_tar(path: Path, columns: Columns, rows: int = PART_ROWS) -> list[TarPart]:
+    """Cut a tar into parts of `rows` samples, the last of fewer. Only headers are read.
+
+    Errors: as `read_tar`, all of them here; what is wrong inside a member shows when it is read.
+    """
+    _columns_of_tars(columns, path)
+    archive = _open(path)
+    parts: list[TarPart] = []
+    with _closing(archive, path):
+        samples = enumerate(_samples(archive, path))
+        while part := list(islice(samples, rows)):
+            number, begin = part[0]
+            repeated = tuple(number for number, sample in part if sample.repeated)
+            parts.append(TarPart(path, begin.offset, number, len(part), repeated))
+    return parts
+
+
+def read_part(part: TarPart, columns: Columns) -> list[Row]:
+    """The same rows that `read_tar` gives for these samples.
+
+    Errors: ShardError, also when the file is no longer the one that was indexed.
+    """
+    found = _columns_of_tars(columns, part.path)
+    archive = _open(part.path)
+    if part.offset:  # where it is 0, tarfile has just read the first header and stands behind it
+        archive.offset = part.offset
+        archive.firstmember = None  # type: ignore[attr-defined]
+    with _closing(archive, part.path):
+        rows = _rows(archive, part.path, found.text, part.path.stem, part.first, part.repeated)
+        read = [row for row, _ in islice(rows, part.rows)]
+    if len(read) < part.rows:
+        raise ShardError(
+            f"{part.path}: has {len(read)} samples from byte {part.offset} on, and had {part.rows} when it "
+            "was indexed; do not change shards while they are read"
+        )
+    return read
+
+
+def _columns_of_tars(columns: Columns, path: Path) -> ColumnMap:
     found = ColumnMap(image="image", text=columns.text or "txt", key="key", status=None)
     if columns.image not in (None, found.image) or columns.key not in (None, found.key) or columns.status:
         raise ValueError(
             f"{path}: a tar has only KEY.jpg, KEY.txt and KEY.json, so columns.image, columns.key and "
             "columns.status do not apply; leave them out"
         )
+    return found
+
+
+def _open(path: Path) -> tarfile.TarFile:
     try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115  (closed by the generator)
+        return tarfile.open(path, "r:")
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no such file") from error
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except _DAMAGE as error:
         raise ShardError(
-            f"{path}: is not a whole, uncompressed tar ({short_reason(error)}); copy or write it again"
+            f"{path}: is not a whole, uncompressed tar ({_reason(error)}); copy or write it again"
         ) from error
-    return found, SCHEMA, _chunks(archive, path, found.text, prefix or path.stem)
 
 
-def _chunks(archive: tarfile.TarFile, path: Path, text_field: str, prefix: str) -> Iterator[Chunk]:
-    rows: list[Row] = []
-    records: list[dict[str, object]] = []
-    seen: set[str] = set()
-    index = 0
+@contextmanager
+def _closing(archive: tarfile.TarFile, path: Path) -> Iterator[None]:
+    """Close the archive in the end, and name the file in what tarfile raises."""
     try:
-        for sample in _samples(archive, path):
-            row, record = _row(sample, index, text_field, prefix, repeated=sample.key in seen)
-            seen.add(sample.key)
-            rows.append(row)
-            records.append(record)
-            index += 1
-            if len(rows) == READ_ROWS:
-                yield Chunk(rows, pa.Table.from_pylist(records, schema=SCHEMA))
-                rows, records = [], []
-        if rows:
-            yield Chunk(rows, pa.Table.from_pylist(records, schema=SCHEMA))
+        yield
     except ShardError:
         raise
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise ShardError(
-            f"{path}: is damaged after {index} samples ({short_reason(error)}); copy or write it again"
-        ) from error
+    except _DAMAGE as error:
+        what = f"is damaged or cut off near byte {archive.offset} ({_reason(error)})"
+        raise ShardError(f"{path}: {what}; copy or write it again") from error
     finally:
         archive.close()
 
 
+def _reason(error: BaseException) -> str:
+    return short_reason(error) or type(error).__name__
+
+
+def _chunks(archive: tarfile.TarFile, path: Path, text_field: str, prefix: str) -> Iterator[Chunk]:
+    with _closing(archive, path):
+        rows = _rows(archive, path, text_field, prefix)
+        while chunk := list(islice(rows, READ_ROWS)):
+            table = pa.Table.from_pylist([record for _, record in chunk], schema=SCHEMA)
+            yield Chunk([row for row, _ in chunk], table)
+
+
+def _rows(
+    archive: tarfile.TarFile,
+    path: Path,
+    text_field: str,
+    prefix: str,
+    first: int = 0,
+    repeated: Collection[int] = (),
+) -> Iterator[tuple[Row, dict[str, object]]]:
+    """(row, record of SCHEMA) from where the archive stands; `first` is the number of that sample.
+
+    `repeated`: numbers of samples of which it is known that their key came before.
+    """
+    for index, sample in enumerate(_samples(archive, path), first):
+        sample.repeated |= index in repeated
+        contents = {}
+        for part, member in sample.members.items():
+            if member.size <= _LIMITS[part]:
+                file = archive.extractfile(member)
+                contents[part] = file.read() if file is not None else b""
+        yield _row(sample, contents, index, text_field, prefix)
+
+
 def _samples(archive: tarfile.TarFile, path: Path) -> Iterator[_Sample]:
     """Group neighbouring members by key. A part that comes twice starts another sample of the same key."""
-    sample, passed_over, end = None, 0, 0
+    sample, seen, passed_over, end = None, set(), 0, 0
     while (member := archive.next()) is not None:
         if (
             archive.offset <= end or member.size < 0
@@ -107,17 +188,12 @@ def _samples(archive: tarfile.TarFile, path: Path) -> Iterator[_Sample]:
         if part is None or not key or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             passed_over += 1
             continue
-        if sample is None or key != sample.key or sample.has(part):
+        if sample is None or key != sample.key or part in sample.members:
             if sample is not None:
                 yield sample
-            sample = _Sample(key)
-        if part == "image":
-            sample.suffix = suffix.lower()
-        if member.size > _LIMITS[part]:
-            sample.too_large[part] = member.size
-        else:
-            content = archive.extractfile(member)
-            sample.parts[part] = content.read() if content is not None else b""
+            sample = _Sample(key, member.offset, repeated=key in seen)
+            seen.add(key)
+        sample.members[part] = member
     _require_end(archive, path)
     if sample is not None:
         yield sample
@@ -137,21 +213,22 @@ def _require_end(archive: tarfile.TarFile, path: Path) -> None:
 
 
 def _row(
-    sample: _Sample, index: int, text_field: str, prefix: str, *, repeated: bool
+    sample: _Sample, contents: dict[str, bytes], index: int, text_field: str, prefix: str
 ) -> tuple[Row, dict[str, object]]:
-    contents, unreadable = _decode(sample)
-    text, problem = _text(contents, text_field) if unreadable is None else (None, unreadable)
-    image = sample.parts.get("image")
+    """`contents` lacks the members that are over their limit."""
+    texts, unreadable = _decode(sample, contents)
+    text, problem = _text(texts, text_field) if unreadable is None else (None, unreadable)
+    member, image = sample.members.get("image"), contents.get("image")
     key, status, error = sample.key, "ok", None
     if len(key) > MAX_KEY_CHARS or not key.isprintable():  # bytes that are no UTF-8 count as not printable
         key = f"{prefix}-{index:06d}"
         problem = f"the key is no printable text of at most {MAX_KEY_CHARS} characters"
-    if repeated:
+    if sample.repeated:
         status = "skipped_upstream"
         error = f"key {key!r} came before; the members of one sample must be neighbours and its key unique"
-    elif "image" in sample.too_large:
+    elif member is not None and image is None:
         status = "too_large"
-        error = f"the image has {sample.too_large['image']} bytes, at most {MAX_IMAGE_BYTES} are read"
+        error = f"the image has {member.size} bytes, at most {MAX_IMAGE_BYTES} are read"
     elif not image:
         status, error = "no_image", "no jpg, png or webp member with this key"
     elif problem is not None:
@@ -164,13 +241,15 @@ def _row(
         status=status,
         error=None if error is None else short_reason(error),
     )
-    picture = {"bytes": image, "path": f"{Path(key).name}.{sample.suffix}"} if image else None
-    return row, {"key": key, "image": picture, "txt": contents.get("txt"), "json": contents.get("json")}
+    picture = None
+    if member is not None and image:
+        picture = {"bytes": image, "path": f"{Path(key).name}.{member.name.rpartition('.')[2].lower()}"}
+    return row, {"key": key, "image": picture, "txt": texts.get("txt"), "json": texts.get("json")}
 
 
-def _text(contents: dict[str, str], text_field: str) -> tuple[str | None, str | None]:
+def _text(texts: dict[str, str], text_field: str) -> tuple[str | None, str | None]:
     """(caption, what is wrong with it)"""
-    text, notes = contents.get("txt"), contents.get("json")
+    text, notes = texts.get("txt"), texts.get("json")
     if notes is not None and (text is None or text_field != "txt"):
         try:
             parsed = json.loads(notes)
@@ -187,21 +266,20 @@ def _text(contents: dict[str, str], text_field: str) -> tuple[str | None, str | 
     return text, None
 
 
-def _decode(sample: _Sample) -> tuple[dict[str, str], str | None]:
+def _decode(sample: _Sample, contents: dict[str, bytes]) -> tuple[dict[str, str], str | None]:
     """(the txt and json members as text, what is wrong with them)"""
-    contents: dict[str, str] = {}
+    texts: dict[str, str] = {}
     problem = None
     for part in ("txt", "json"):
-        if part in sample.too_large:
-            problem = (
-                f"the {part} member has {sample.too_large[part]} bytes, at most {_LIMITS[part]} are read"
-            )
-        elif part in sample.parts:
+        if part in contents:
             try:
-                contents[part] = sample.parts[part].decode()
+                texts[part] = contents[part].decode()
             except UnicodeDecodeError:
                 problem = f"the {part} member is not UTF-8"
-    return contents, problem
+        elif part in sample.members:
+            size = sample.members[part].size
+            problem = f"the {part} member has {size} bytes, at most {_LIMITS[part]} are read"
+    return texts, problem
 
 
 def _is_utf8(text: str) -> bool:

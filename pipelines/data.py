@@ -1,23 +1,23 @@
 """Image-text shards -> training batches, in an order that is a pure function of (seed, files).
 
-Any number of data workers gives the same batches; a run resumes at any batch. Both kinds of parquet are read:
-clean shards ({key, image, captions}) and raw ones (img2dataset, Hugging Face, ...).
+Any number of data workers gives the same batches; a run resumes at any batch. Read are clean parquet shards
+({key, image, captions}), raw ones (img2dataset, Hugging Face, ...) and webdataset tars.
 
-The order: row groups are permuted over the epoch, `window` of them at a time are shuffled together, and
-batch k is the rows [k * B, (k + 1) * B) of that endless stream. Nothing but row groups of the window is in
-memory. A row whose image or text cannot be used leaves its batch one row shorter and moves no other row.
+The order is that of `pipelines.order`, over groups of rows: row groups of parquet, a hundred neighbouring
+samples of a tar. With W processes the batch k of all is cut from that order and process r takes every W-th
+row of it. Nothing but groups of the window is in memory. A row whose image or text cannot be used leaves its
+batch one row shorter and moves no other row.
 """
 
 import hashlib
+import math
 import random
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.types as kind
 import torch
@@ -28,18 +28,22 @@ from blip.model import Batch
 from blip.tokenizer import Tokenizer, clean_caption
 from capfilt.parquet import open_parquet, read_parquet
 from capfilt.schema import Columns, ShardError, map_columns, short_reason
+from capfilt.shards import SUFFIXES
+from capfilt.tar import TarPart, index_tar, read_part
+from pipelines.order import Order, Place, batches, mixed_batches
 
 Row = tuple[bytes | None, list[str]]  # image, texts
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: tuple[str, ...]  # folders or parquet files
-    batch_size: int = 64
+    shards: tuple[str, ...]  # folders, parquet files or tars
+    weights: tuple[float, ...] | None = None  # of each entry of shards; null: one stream of all their rows
+    batch_size: int = 64  # of one process
     prompt: str = ""  # what a captioner's texts begin with and LM does not learn, e.g. "a picture of"
     max_words: int = 30
     max_length: int = 40  # tokens
-    window: int = 32  # row groups shuffled together
+    window: int = 32  # groups of rows shuffled together, of each entry of shards where they have weights
     workers: int = 2  # data worker processes; 0 reads in the training process
     columns: Columns = field(
         default_factory=Columns
@@ -51,10 +55,20 @@ class DataConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.shards):
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers and shards has {len(self.shards)} entries; give "
+                "one weight for each, or leave weights out"
+            )
+        for i, weight in enumerate(self.weights):
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"weights[{i}] is {weight}; a weight must be finite and above 0")
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A row group of a parquet file."""
 
     path: Path
@@ -63,34 +77,45 @@ class Group:
     rows: int
 
 
-def find_groups(shards: tuple[str, ...], columns: Columns) -> list[Group]:
-    """Every row group of the files, in the order of their names, which start with neither '.' nor '_'.
+Group = RowGroup | TarPart  # rows that are read together
 
-    Raises ValueError for a file that cannot be read or lacks a column, and where there is no row at all: now,
-    and not in a data worker hours later.
+
+def find_groups(shards: tuple[str, ...], columns: Columns) -> list[Group]:
+    """Every group of the files, in the order of their names, which start with neither '.' nor '_'.
+
+    A folder may hold both kinds of files; a parquet beside a tar of the same stem is left out, as it is
+    img2dataset's metadata. Of tars all headers are read here. Raises ValueError for a file that cannot be
+    read, lacks a column or is cut off, and where there is no row at all: now, and not in a data worker hours
+    later.
     """
     groups: list[Group] = []
     for place in map(Path, shards):
         if not place.exists():
-            raise ValueError(f"{place}: no such file or folder; data.shards must name parquet shards")
-        inside = sorted(path for path in place.glob("*.parquet") if path.name[0] not in "._")
-        if place.is_dir() and not inside:
-            raise ValueError(f"{place}: holds no .parquet file; data.shards must name parquet shards")
-        for path in inside if place.is_dir() else [place]:
-            groups += _groups_of(path, columns)
+            raise ValueError(f"{place}: no such file or folder; data.shards must name parquet or tar shards")
+        for path in _files_in(place) if place.is_dir() else [place]:
+            groups += index_tar(path, columns) if path.suffix == ".tar" else _row_groups(path, columns)
     if not groups:
-        raise ValueError(f"{', '.join(shards)}: no rows; data.shards must name parquet shards with rows")
+        raise ValueError(f"{', '.join(shards)}: no rows; data.shards must name shards with rows")
     return groups
 
 
-def _groups_of(path: Path, columns: Columns) -> list[Group]:
+def _files_in(folder: Path) -> list[Path]:
+    files = {path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name[0] not in "._"}
+    if not files:
+        raise ValueError(
+            f"{folder}: holds no .parquet file and no .tar file; data.shards must name parquet or tar shards"
+        )
+    return sorted(files - {path.with_suffix(".parquet") for path in files if path.suffix == ".tar"})
+
+
+def _row_groups(path: Path, columns: Columns) -> list[RowGroup]:
     with open_parquet(path) as file:
         if not _is_clean(file.schema_arrow):
             map_columns(file.schema_arrow, columns, path)
         counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     firsts = accumulate(counts, initial=0)
     return [
-        Group(path, i, first, rows)
+        RowGroup(path, i, first, rows)
         for i, (first, rows) in enumerate(zip(firsts, counts, strict=False))
         if rows
     ]
@@ -111,56 +136,22 @@ def _is_clean(schema: pa.Schema) -> bool:
     )
 
 
-Place = tuple[int, int, int]  # epoch, group, row in the group
-
-
-class Order:
-    """The endless stream of rows, cut into batches; `order.batches(k)` starts at batch k."""
-
-    def __init__(self, sizes: list[int], batch_size: int, window: int, seed: int):
-        self.sizes, self.batch_size, self.window, self.seed = sizes, batch_size, window, seed
-        self.rows = sum(sizes)
-
-    def batches(self, first: int) -> Iterator[list[Place]]:
-        epoch, skip = divmod(first * self.batch_size, self.rows)
-        batch: list[Place] = []
-        while True:
-            for place in self._epoch(epoch, skip):
-                batch.append(place)
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            epoch, skip = epoch + 1, 0
-
-    def _epoch(self, epoch: int, skip: int) -> Iterator[Place]:
-        groups = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
-        for start in range(0, len(groups), self.window):
-            chosen = groups[start : start + self.window]
-            ends = list(accumulate(self.sizes[g] for g in chosen))
-            if skip >= ends[-1]:
-                skip -= ends[-1]
-                continue
-            order = np.random.default_rng((self.seed, epoch, start)).permutation(ends[-1])
-            for position in order[skip:].tolist():
-                slot = bisect_right(ends, position)
-                yield epoch, int(chosen[slot]), position - (ends[slot - 1] if slot else 0)
-            skip = 0
-
-
 class ShardRows(Dataset[Batch]):
     """A list of places -> a `Batch`: read, decode, augment, tokenise. Runs in the data workers."""
 
     def __init__(
-        self, config: DataConfig, groups: list[Group], tokenizer: Tokenizer, image_size: int, seed: int
+        self, config: DataConfig, corpora: list[list[Group]], tokenizer: Tokenizer, image_size: int, seed: int
     ):
-        self.config, self.groups, self.tokenizer = config, groups, tokenizer
-        self.image_size, self.seed = image_size, seed
-        self.cache: OrderedDict[int, list[Row]] = OrderedDict()  # group -> rows, at most a window of them
+        self.config, self.tokenizer, self.image_size, self.seed = config, tokenizer, image_size, seed
+        self.groups = [(group, corpus) for corpus, groups in enumerate(corpora) for group in groups]
+        # Group -> rows, at most a window of them. One for each corpus, or the groups that a large one has
+        # done with would push out those that a small one still reads.
+        self.caches: list[OrderedDict[int, list[Row]]] = [OrderedDict() for _ in corpora]
 
     def __getitem__(self, places: list[Place]) -> Batch:
         found = [example for place in places if (example := self._example(place))]
         if not found:
-            where = self.groups[places[0][1]].path
+            where = self.groups[places[0][1]][0].path
             raise ValueError(
                 f"{where}: a batch of {len(places)} rows begins here, and none of them has both a readable "
                 "image and a text; check the shards, or raise data.batch_size"
@@ -185,20 +176,24 @@ class ShardRows(Dataset[Batch]):
         pixels = train_transform(image, self.image_size, self.config.augmentation, rng)
         return pixels, f"{self.config.prompt} {rng.choice(cleaned)}", image_id(data)
 
-    def _rows(self, group: int) -> list[Row]:
-        if group not in self.cache:
-            if len(self.cache) >= self.config.window:
-                self.cache.popitem(last=False)
-            self.cache[group] = read_group(self.groups[group], self.config.columns)
-        self.cache.move_to_end(group)
-        return self.cache[group]
+    def _rows(self, number: int) -> list[Row]:
+        group, corpus = self.groups[number]
+        cache = self.caches[corpus]
+        if number not in cache:
+            if len(cache) >= self.config.window:
+                cache.popitem(last=False)
+            cache[number] = read_group(group, self.config.columns)
+        cache.move_to_end(number)
+        return cache[number]
 
 
 def read_group(group: Group, columns: Columns) -> list[Row]:
-    """The rows of a row group as (image bytes, texts); rows without image or text have None or [].
+    """The rows of a group as (image bytes, texts); rows without image or text have None or [].
 
     Raises ShardError, which names the file, when a page is damaged.
     """
+    if isinstance(group, TarPart):
+        return [(row.image, [row.text] if row.text else []) for row in read_part(group, columns)]
     with open_parquet(group.path) as file:
         if _is_clean(file.schema_arrow):
             try:
@@ -225,14 +220,30 @@ def image_id(data: bytes) -> int:
 
 
 def training_batches(
-    config: DataConfig, tokenizer: Tokenizer, image_size: int, seed: int, first: int = 0
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    image_size: int,
+    seed: int,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> tuple[Iterator[Batch], int]:
-    """Batches from number `first` on, for ever, and the number of rows in an epoch."""
-    groups = find_groups(config.shards, config.columns)
-    order = Order([group.rows for group in groups], config.batch_size, config.window, seed)
+    """Batches of process `rank` out of `world`, from number `first` on, for ever; and the rows of an epoch.
+
+    Batch k of all processes together is `config.batch_size * world` rows, of which each process takes every
+    `world`-th. A `Batch` is shorter than `config.batch_size` by the rows that could not be used. With weights
+    every entry of `config.shards` has epochs of its own, in which each of its rows comes once; the rows of an
+    epoch are then the sum of the rows of all entries, after which a heavy one has come more than once and a
+    light one only in part.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; of {world} processes it must be from 0 to {world - 1}")
+    entries = [config.shards] if config.weights is None else [(entry,) for entry in config.shards]
+    corpora = [find_groups(entry, config.columns) for entry in entries]
+    places = _places(config, corpora, config.batch_size * world, seed, first)
     loader = DataLoader(
-        ShardRows(config, groups, tokenizer, image_size, seed),
-        sampler=order.batches(first),
+        ShardRows(config, corpora, tokenizer, image_size, seed),
+        sampler=(batch[rank::world] for batch in places),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
@@ -241,4 +252,13 @@ def training_batches(
         # By default a loader draws from torch's global numbers, and a resumed run would go on with others.
         generator=torch.Generator(),
     )
-    return iter(loader), order.rows
+    return iter(loader), sum(group.rows for groups in corpora for group in groups)
+
+
+def _places(
+    config: DataConfig, corpora: list[list[Group]], size: int, seed: int, first: int
+) -> Iterator[list[Place]]:
+    sizes = [[group.rows for group in groups] for groups in corpora]
+    if config.weights is None:
+        return batches(Order(sizes[0], config.window, seed), size, first)
+    return mixed_batches(sizes, config.weights, config.window, size, seed, first)

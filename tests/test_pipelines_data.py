@@ -20,7 +20,9 @@ from blip.image import Augmentation, decode, image_transform
 from blip.model import Batch
 from blip.tokenizer import Tokenizer, write_vocabulary
 from capfilt.schema import CLEAN, Columns
-from pipelines.data import DataConfig, Order, find_groups, image_id, read_group, training_batches
+from pipelines.data import DataConfig, find_groups, image_id, read_group, training_batches
+from pipelines.order import Order
+from pipelines.order import batches as ordered
 from pipelines.world import WorldConfig, write_world
 from pipelines.world_text import VOCABULARY
 
@@ -84,8 +86,8 @@ def caption(text: str | None) -> dict[str, Any]:
 # The order
 
 
-def take(order: Order, count: int, first: int = 0) -> list[list[tuple[int, int, int]]]:
-    return list(itertools.islice(order.batches(first), count))
+def take(order: Order, batch_size: int, count: int, first: int = 0) -> list[list[tuple[int, int, int]]]:
+    return list(itertools.islice(ordered(order, batch_size, first), count))
 
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -95,12 +97,11 @@ sizes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 @given(sizes, st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
 def test_every_row_comes_once_an_epoch(rows: list[int], batch_size: int, window: int, seed: int) -> None:
     total = sum(rows)
-    order = Order(rows, batch_size, window, seed)
-    places = [place for batch in take(order, -(-3 * total // batch_size)) for place in batch][: 3 * total]
+    places = list(itertools.chain(*take(Order(rows, window, seed), batch_size, 3 * total)))[: 3 * total]
     expected = {(group, row) for group, count in enumerate(rows) for row in range(count)}
     for epoch in range(3):
         part = places[epoch * total : (epoch + 1) * total]
-        assert {found for found, _, _ in part} == {epoch}
+        assert {number for number, _, _ in part} == {epoch}
         assert Counter((group, row) for _, group, row in part) == Counter(expected)
 
 
@@ -109,22 +110,22 @@ def test_every_row_comes_once_an_epoch(rows: list[int], batch_size: int, window:
 def test_the_stream_from_a_batch_on_is_the_rest_of_the_stream(
     rows: list[int], batch_size: int, window: int, first: int
 ) -> None:
-    order = Order(rows, batch_size, window, seed=1)
-    assert take(order, 5, first) == take(order, first + 5)[first:]
+    order = Order(rows, window, seed=1)
+    assert take(order, batch_size, 5, first) == take(order, batch_size, first + 5)[first:]
 
 
 def test_the_order_depends_on_the_seed_and_nothing_else() -> None:
     rows = [7, 3, 9, 4]
-    first = take(Order(rows, 5, 2, seed=3), 20)
+    first = take(Order(rows, 2, seed=3), 5, 20)
     torch.manual_seed(9), np.random.seed(9)
-    assert take(Order(rows, 5, 2, seed=3), 20) == first
-    assert take(Order(rows, 5, 2, seed=4), 20) != first
-    places = [place for batch in take(Order([23], 23, 1, seed=3), 2) for place in batch]
+    assert take(Order(rows, 2, seed=3), 5, 20) == first
+    assert take(Order(rows, 2, seed=4), 5, 20) != first
+    places = [place for batch in take(Order([23], 1, seed=3), 23, 2) for place in batch]
     assert [row for _, _, row in places[:23]] != [row for _, _, row in places[23:]]  # each epoch has its own
 
 
 def test_only_a_window_of_row_groups_is_mixed() -> None:
-    places = [place for batch in take(Order([10] * 6, 10, 2, seed=0), 6) for place in batch]
+    places = [place for batch in take(Order([10] * 6, 2, seed=0), 10, 6) for place in batch]
     windows = [{group for _, group, _ in places[start : start + 20]} for start in (0, 20, 40)]
     assert [len(window) for window in windows] == [2, 2, 2]
     assert set.union(*windows) == set(range(6))
