@@ -5,6 +5,7 @@ A schedule here returns the rate for the update number `step` (0 is the first). 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,9 +128,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups(model, config)`, starting at `config.lr`."""
+def make_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    build: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups(model, config)`, starting at `config.lr`; `build` may shard its state."""
     groups = parameter_groups(model, config)
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     # One kernel per step on a GPU; elsewhere None lets torch choose foreach or the plain loop.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True if on_cuda else None)
+    return build(groups, lr=config.lr, betas=config.betas, fused=True if on_cuda else None)

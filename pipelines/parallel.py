@@ -1,17 +1,27 @@
-"""Where a model runs and what it saves memory with: applied to a finished model, from outside.
+"""Where a model runs, in how many processes, and what it saves memory with: applied to a finished model.
 
-Device, autocast and activation checkpointing live here and nowhere in the models.
+Processes, device, autocast, activation checkpointing and sharding live here and nowhere in the models.
+torchrun is the contract: it sets the environment that `processes` reads.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from blip.distributed import rank, world_size
+
 Precision = Literal["fp32", "bf16"]
+Checkpointing = Literal["torch", "fairscale"]
+Sharding = Literal["none", "zero1", "fairscale_oss"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,16 +39,110 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def processes(name: str) -> Iterator[torch.device]:
+    """Join the processes that torchrun launched, if it did; gives this one's device.
+
+    With GPUs each process takes the one of its number on its node.
+    """
+    device = pick_device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """No process goes on before all are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over processes of a tensor that each of them has."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values = values / world_size()
+    return values
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """What each process has, in the order of ranks; every process gets the list."""
+    found = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model whose backward pass leaves the mean gradient of all processes; the model itself in one."""
+    if world_size() == 1:
+        return model
+    # Queues and teacher are computed alike everywhere: nothing needs to be sent but gradients.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_sync(model: nn.Module, when: bool) -> AbstractContextManager[object]:
+    """While gradients only accumulate, processes need not exchange them."""
+    return model.no_sync() if when and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def agree_on_batch_norm(model: nn.Module) -> None:
+    """Running statistics of batch norms, the only state that differs between processes, become rank 0's."""
+    if world_size() > 1:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Weights stay fp32; in bf16 the matrix products are not."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def checkpoint_activations(blocks: nn.ModuleList | nn.Sequential, last: int) -> None:
+def checkpoint_activations(
+    blocks: nn.ModuleList | nn.Sequential, last: int, backend: Checkpointing = "torch"
+) -> None:
     """Forget the activations of the `last` blocks, to compute them again in the backward pass.
 
     Only `forward` is replaced: wrapping the blocks would rename their parameters for whoever looks them up,
-    such as the momentum teacher.
+    such as the momentum teacher. fairscale, which BLIP and LAVIS use, takes blocks of one tensor: a ViT's.
     """
     for block in list(blocks)[max(0, len(blocks) - last) :]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if backend == "torch":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        else:
+            _fairscale("fairscale.nn.checkpoint").checkpoint_wrapper(block)
+
+
+def optimizer_class(sharding: Sharding) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW, or one whose state is spread over the processes (ZeRO stage 1); in one process always AdamW."""
+    if sharding == "none" or world_size() == 1:
+        return torch.optim.AdamW
+    if sharding == "zero1":
+        return partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
+    return partial(_fairscale("fairscale.optim.oss").OSS, optim=torch.optim.AdamW)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """The whole state, as AdamW's own; None on all but rank 0. Every process must call it."""
+    if hasattr(optimizer, "consolidate_state_dict"):  # of a sharded one
+        optimizer.consolidate_state_dict(0)
+    return optimizer.state_dict() if rank() == 0 else None
+
+
+def _fairscale(module: str) -> Any:
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise ValueError(
+            "this config asks for fairscale, which is not installed: pip install fairscale, or choose torch"
+        ) from error

@@ -3,11 +3,11 @@
 The model gives named losses for a batch and is told `after_step()`; the sum of the losses is minimised.
 Everything the next step depends on is in the state file (weights, teacher, queues, optimiser, step, random
 numbers; the data position follows from the step), so a killed run goes on as if it had never stopped: bit for
-bit on a CPU.
+bit on a CPU. Several processes run this same loop; the first of them keeps the log and the state.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from blip.checkpoint import load_state, save_state
+from blip.distributed import rank, world_size
 from blip.model import Batch
+from pipelines.alarms import Alarms
 from pipelines.log import RunLog
 from pipelines.optim import OptimConfig, lr_at
-from pipelines.parallel import Precision, autocast
+from pipelines.parallel import (
+    Checkpointing,
+    Precision,
+    Sharding,
+    agree_on_batch_norm,
+    autocast,
+    data_parallel,
+    gather_objects,
+    mean_over_ranks,
+    optimizer_state,
+    wait_for_all,
+    without_sync,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,9 @@ class TrainConfig:
     accumulate: int = 1  # batches per optimiser step
     precision: Precision = "fp32"
     checkpoint_blocks: int = 0  # recompute the activations of the last n vision and text blocks
+    checkpoint_backend: Checkpointing = "torch"  # fairscale: of the vision blocks only, as BLIP does
+    optimizer_sharding: Sharding = "none"  # over the processes
+    compile: bool = False  # torch.compile every block: slow first steps, then faster ones
     log_every: int = 50  # steps
     save_every: int = 1000  # steps
     seed: int = 0
@@ -38,6 +55,11 @@ class TrainConfig:
         for name, low in (least | {"seed": 0, "checkpoint_blocks": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.checkpoint_backend == "fairscale" and (self.precision == "bf16" or self.compile):
+            reason = "cannot be compiled" if self.compile else "recomputes in fp32 what bf16 had computed"
+            raise ValueError(
+                f"checkpoint_backend fairscale {reason}, so gradients would be wrong or none; use torch"
+            )
 
 
 class NotFinite(ValueError):
@@ -50,7 +72,7 @@ STATE_FILE = "state.pt"
 def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Restore everything from the folder's state file; the step to go on with, 0 when there is none.
 
-    Raises ValueError when the file is damaged or holds the state of another model.
+    Raises ValueError when the file is damaged or holds the state of another model or number of processes.
     """
     path = folder / STATE_FILE
     if not path.exists():
@@ -63,9 +85,15 @@ def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, dev
         raise ValueError(
             f"{path} is not the state of this model ({error}); choose another out or remove the file"
         ) from error
-    torch.set_rng_state(state["torch_rng"])
-    if device.type == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    if len(state["rng"]) != world_size():
+        raise ValueError(
+            f"{path} was written by {len(state['rng'])} processes, now there are {world_size()}, which would "
+            "see other batches; start as many, or choose another out and start from its weights"
+        )
+    numbers = state["rng"][rank()]
+    torch.set_rng_state(numbers["cpu"])
+    if device.type == "cuda" and numbers["cuda"] is not None:
+        torch.cuda.set_rng_state(numbers["cuda"])
     return int(state["step"])
 
 
@@ -75,25 +103,29 @@ def train(
     optimizer: torch.optim.Optimizer,
     optim: OptimConfig,
     config: TrainConfig,
-    log: RunLog,
+    log: RunLog | None,
     folder: Path,
     first_step: int,
     steps_per_epoch: int,
+    inspect: Callable[[Batch], dict[str, float]] | None = None,
 ) -> None:
     """Train from `first_step` to `config.steps`; `batches` must begin at `first_step * config.accumulate`.
 
+    `log` is None on all processes but the first. `inspect` is asked at every log step for more to log, about
+    a batch of that step; it may look at the model and must leave it, and the random numbers, as they are.
     The state is saved every `config.save_every` steps and at the end. Raises NotFinite, with the last state
     on disk as it was, when a loss or the gradient is NaN or infinite.
     """
     device = next(model.parameters()).device
     model.train()
+    parallel, alarms = data_parallel(model), Alarms(optim.warmup_steps)
     rows = 0
     for step in range(first_step, config.steps):
         rate = lr_at(optim, step, config.steps, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = rate
         micro = [next(batches) for _ in range(config.accumulate)]
-        losses = _backward(model, micro, config, device)
+        losses = _backward(parallel, micro, config, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
         _require_finite(losses | {"grad_norm": norm}, step + 1, folder)
         optimizer.step()
@@ -103,7 +135,14 @@ def train(
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             values = {name: float(value) for name, value in losses.items()}
-            log.log(done, values | {"lr": rate, "grad_norm": float(norm)}, rows)
+            values |= {"lr": rate, "grad_norm": float(norm)} | (
+                inspect(micro[-1].to(device)) if inspect else {}
+            )
+            if log:
+                said = alarms(done, values)
+                log.log(done, values | ({"alarms": "; ".join(said)} if said else {}), rows * world_size())
+                for text in said:
+                    log.say(f"ALARM at step {done}: {text}")
             rows = 0
         if done % config.save_every == 0 or done == config.steps:
             _save(folder, model, optimizer, device, done)
@@ -112,16 +151,16 @@ def train(
 def _backward(
     model: nn.Module, micro: list[Batch], config: TrainConfig, device: torch.device
 ) -> dict[str, Tensor]:
-    """Gradients of the mean over micro-batches; the mean of each named loss, still on the device."""
-    totals: dict[str, Tensor] = {}
-    for batch in micro:
-        with autocast(device, config.precision):
-            losses = model(batch.to(device))
-            loss = torch.stack(list(losses.values())).sum() / len(micro)
-        loss.backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, torch.zeros((), device=device)) + value.detach() / len(micro)
-    return totals
+    """Gradients of the mean over micro-batches and processes; that of each named loss, on the device."""
+    total = torch.zeros((), device=device)
+    for number, batch in enumerate(micro, start=1):
+        with without_sync(model, when=number < len(micro)):
+            with autocast(device, config.precision):
+                losses = model(batch.to(device))
+                each = torch.stack(list(losses.values())) / len(micro)
+            each.sum().backward()
+        total = total + each.detach()
+    return dict(zip(losses, mean_over_ranks(total), strict=True))
 
 
 def _require_finite(values: dict[str, Tensor], step: int, folder: Path) -> None:
@@ -138,11 +177,11 @@ def _require_finite(values: dict[str, Tensor], step: int, folder: Path) -> None:
 def _save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, step: int
 ) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-    }
-    save_state(folder / STATE_FILE, state)
+    agree_on_batch_norm(model)
+    cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    numbers = gather_objects({"cpu": torch.get_rng_state(), "cuda": cuda})
+    whole = optimizer_state(optimizer)
+    if rank() == 0:
+        state = {"model": model.state_dict(), "optimizer": whole, "step": step, "rng": numbers}
+        save_state(folder / STATE_FILE, state)
+    wait_for_all()

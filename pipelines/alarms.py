@@ -1,0 +1,86 @@
+"""What in a training log should make someone stop the run: measured at log steps, said once, kept in the log.
+
+A loss that falls is no proof: ITM can sit at its prior and LM can learn a language without looking.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blip.generate import Decoding, generate
+from blip.model import Batch, Blip
+
+ITM_PRIOR = math.log(3) - 2 / 3 * math.log(2)  # entropy of one true and two wrong pairs: 0.6365
+PATIENCE = 5  # log steps
+CLAMP = (0.0011, 0.499)  # a temperature outside lies at the end of its range, see blip.model
+LEAST_GAP = 0.02  # nats a word
+LEAST_UNIQUE = 0.25
+IMAGES = 16  # that are captioned
+
+
+@torch.no_grad()
+def inspect(model: Blip, batch: Batch) -> dict[str, float]:
+    """temperature; grounding_gap: LM loss with another's image minus that with the own, in nats a word;
+    unique_captions: share of different ones among greedy captions of up to 16 images.
+
+    The last two need a model that writes and several images. Every process must call it.
+    """
+    found: dict[str, float] = {}
+    if model.config.text.reads:
+        found["temperature"] = float(model.temperature)
+    if not model.config.text.writes or len(batch.image_ids.unique()) < IMAGES // 2:
+        return found
+    was_training = model.training
+    model.eval()
+    image = model.med.project_image(model.image_tokens(batch.pixels))
+    others = [(keys.roll(1, 0), values.roll(1, 0)) for keys, values in image]
+    found["grounding_gap"] = float(model.lm_loss(batch, others) - model.lm_loss(batch, image))
+    if model.tokenizer is not None:
+        found["unique_captions"] = _unique(model, batch, model.tokenizer.sep)
+    model.train(was_training)
+    return found
+
+
+def _unique(model: Blip, batch: Batch, end: int) -> float:
+    first = batch.ids[0, : batch.prompt_length + 1].clone()
+    first[0] = model.config.dec_id
+    image = model.med.project_image(model.image_tokens(batch.pixels[:IMAGES]))
+    ids: Tensor = generate(model.med, image, first, end, Decoding(max_length=20))
+    return len(ids.unique(dim=0)) / len(ids)
+
+
+ADVICE = {
+    "itm": "this is the entropy of its prior, it has not begun to learn: raise negative_floor or optim.lr",
+    "temperature": "the end of its range, ITC is too easy or does not learn: look at duplicates and optim.lr",
+    "grounding_gap": "words are as likely with another image, the captioner does not look: train longer, or "
+    "check that texts belong to their images",
+    "unique_captions": "the captioner says the same of many images: train longer, or on more images",
+}
+
+
+@dataclass
+class Alarms:
+    """Called with the metrics of every log step: what is to be said now, each alarm once while it lasts."""
+
+    warmup_steps: int
+    _itm: deque[float] = field(default_factory=lambda: deque(maxlen=PATIENCE))
+    _ringing: set[str] = field(default_factory=set)
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        if step <= self.warmup_steps:
+            return []
+        self._itm.append(metrics.get("itm", math.inf))
+        at_prior = len(self._itm) == PATIENCE and all(abs(loss - ITM_PRIOR) < 0.005 for loss in self._itm)
+        rules = {
+            "itm": at_prior,
+            "temperature": not CLAMP[0] < metrics.get("temperature", 0.07) < CLAMP[1],
+            "grounding_gap": metrics.get("grounding_gap", math.inf) < LEAST_GAP,
+            "unique_captions": metrics.get("unique_captions", 1.0) < LEAST_UNIQUE,
+        }
+        ringing = {name for name, rings in rules.items() if rings}
+        new, self._ringing = ringing - self._ringing, ringing
+        return [f"{name} is {metrics[name]:.4g}: {ADVICE[name]}" for name in rules if name in new]
