@@ -13,8 +13,7 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench world shards pretrain captioner filter \
-	tiny-weights capfilt select calibrate curves clean
+.PHONY: help setup demo test check bench world shards pretrain captioner filter tiny-weights capfilt select calibrate curves clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

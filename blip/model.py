@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +57,26 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step sees. Texts start with [CLS]; a captioner's text carries its prompt after it."""
+    """What a training step sees. Texts start with [CLS]; a captioner's text carries its prompt after it.
+
+    Each image has one text; for LM alone it may have n, next to each other: ids and mask are then [n * B, T].
+    """
 
     pixels: Tensor  # [B, 3, S, S]
     ids: Tensor  # [B, T]
     mask: Tensor  # [B, T], 1 = a real token
     image_ids: Tensor  # [B] int64, equal for texts of the same image
     prompt_length: int = 0  # words of the prompt, which LM does not learn
+    wrong_ids: Tensor | None = None  # [B, T'] texts made wrong, further ITM negatives of their images
+    wrong_mask: Tensor | None = None  # [B, T'], all 0 where a row has none
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.pixels, self.ids, self.mask, self.image_ids)
-        pixels, ids, mask, image_ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(pixels, ids, mask, image_ids, self.prompt_length)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class Blip(nn.Module):
@@ -199,7 +208,8 @@ class Blip(nn.Module):
     def _itm(
         self, batch: Batch, rows: Rows, tokens: Tensor, image: list[KV], to_text: Tensor, to_image: Tensor
     ) -> Tensor:
-        """Each image with its text and with a hard wrong one, each text with a hard wrong image: 3B pairs.
+        """Each image with its text and with a hard wrong one, each text with a hard wrong image: 3B pairs;
+        and each image with its text made wrong, where the batch has one.
 
         The wrong ones are of this rank, or of all with `negative_all_rank`; `to_text` and `to_image` [B, C].
         """
@@ -222,8 +232,13 @@ class Blip(nn.Module):
         two_ids = torch.stack([own_ids, ids[wrong_text]], 1).flatten(0, 1)  # [2B, T], two texts per image
         two_masks = torch.stack([own_mask, mask[wrong_text]], 1).flatten(0, 1)
         pairs = self.match_projected(two_ids, two_masks, image).unflatten(0, (-1, 2))  # [B, 2, 2]
-        other = self.match_projected(batch.ids, batch.mask, wrong)
-        return losses.itm_loss(pairs[:, 0], torch.cat([pairs[:, 1], other]))
+        unmatched = [pairs[:, 1], self.match_projected(batch.ids, batch.mask, wrong)]
+        if batch.wrong_ids is not None and batch.wrong_mask is not None:
+            made = batch.wrong_mask.any(1).nonzero()[:, 0]  # [K]
+            if len(made):
+                seen = [(k[made], v[made]) for k, v in image]
+                unmatched.append(self.match_projected(batch.wrong_ids[made], batch.wrong_mask[made], seen))
+        return losses.itm_loss(pairs[:, 0], torch.cat(unmatched))
 
     def lm_loss(self, batch: Batch, image: list[KV]) -> Tensor:
         """LM of the texts of a batch, on projected images [B]; in nats a word, labels smoothed."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from blip.generate import Decoding, generate
 from blip.model import Batch, Blip
 
-ITM_PRIOR = math.log(3) - 2 / 3 * math.log(2)  # entropy of one true and two wrong pairs: 0.6365
 PATIENCE = 5  # log steps
 CLAMP = (0.0011, 0.499)  # a temperature outside lies at the end of its range, see blip.model
 LEAST_GAP = 0.02  # nats a word
@@ -24,14 +23,19 @@ IMAGES = 16  # that are captioned
 
 @torch.no_grad()
 def inspect(model: Blip, batch: Batch) -> dict[str, float]:
-    """temperature; grounding_gap: LM loss with another's image minus that with the own, in nats a word;
-    unique_captions: share of different ones among greedy captions of up to 16 images.
+    """What to log beside the losses.
 
+    temperature         of ITC
+    itm_prior           the ITM loss of who knows no more than how many pairs are wrong
+    grounding_gap       LM loss with another's image minus that with the own, in nats a word
+    unique_captions     share of different ones among greedy captions of up to 16 images
     The last two need a model that writes and several images. Every process must call it.
     """
     found: dict[str, float] = {}
     if model.config.text.reads:
         found["temperature"] = float(model.temperature)
+        made_wrong = 0 if batch.wrong_mask is None else int(batch.wrong_mask.any(1).sum())
+        found["itm_prior"] = entropy(len(batch.ids) / (3 * len(batch.ids) + made_wrong))
     if not model.config.text.writes or len(batch.image_ids.unique()) < IMAGES // 2:
         return found
     was_training = model.training
@@ -43,6 +47,11 @@ def inspect(model: Blip, batch: Batch) -> dict[str, float]:
         found["unique_captions"] = _unique(model, batch, model.tokenizer.sep)
     model.train(was_training)
     return found
+
+
+def entropy(share: float) -> float:
+    """Of a yes or no with this share of yes, in nats; 1/3, one true and two wrong pairs: 0.6365."""
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)
 
 
 def _unique(model: Blip, batch: Batch, end: int) -> float:
@@ -73,8 +82,8 @@ class Alarms:
     def __call__(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         if step <= self.warmup_steps:
             return []
-        self._itm.append(metrics.get("itm", math.inf))
-        at_prior = len(self._itm) == PATIENCE and all(abs(loss - ITM_PRIOR) < 0.005 for loss in self._itm)
+        self._itm.append(metrics.get("itm", math.inf) - metrics.get("itm_prior", -math.inf))
+        at_prior = len(self._itm) == PATIENCE and all(abs(distance) < 0.005 for distance in self._itm)
         rules = {
             "itm": at_prior,
             "temperature": not CLAMP[0] < metrics.get("temperature", 0.07) < CLAMP[1],

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pipelines.config import parse_args, run_main
 
-NOT_DRAWN = ("step", "seconds", "lr", "grad_norm", "rows_per_s", "peak_memory_gib", "alarms")
+NOT_DRAWN = ("step", "seconds", "lr", "grad_norm", "rows_per_s", "peak_memory_gib", "alarms", "itm_prior")
 COLUMNS = 3
 
 

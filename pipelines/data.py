@@ -14,7 +14,7 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from capfilt.parquet import open_parquet, read_parquet
 from capfilt.schema import Columns, ShardError, map_columns, short_reason
 from capfilt.shards import SUFFIXES
 from capfilt.tar import TarPart, index_tar, read_part
+from pipelines.contrasts import Contrasts, check, contrast
 from pipelines.order import Order, Place, batches, mixed_batches
 
 Row = tuple[bytes | None, list[str]]  # image, texts
@@ -41,6 +42,7 @@ class DataConfig:
     weights: tuple[float, ...] | None = None  # of each entry of shards; null: one stream of all their rows
     batch_size: int = 64  # of one process
     prompt: str = ""  # what a captioner's texts begin with and LM does not learn, e.g. "a picture of"
+    texts_per_image: int = 1  # drawn at each step; a captioner learns several at the cost of one image
     max_words: int = 30
     max_length: int = 40  # tokens
     window: int = 32  # groups of rows shuffled together, of each entry of shards where they have weights
@@ -49,9 +51,18 @@ class DataConfig:
         default_factory=Columns
     )  # of raw shards; null: found by the names of known producers
     augmentation: Augmentation = field(default_factory=Augmentation)
+    contrasts: Contrasts = ()  # sets of words that exclude each other, for ITM: see pipelines.contrasts
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "max_words": 1, "max_length": 3, "window": 1, "workers": 0}
+        check(self.contrasts)
+        least = {
+            "batch_size": 1,
+            "texts_per_image": 1,
+            "max_words": 1,
+            "max_length": 3,
+            "window": 1,
+            "workers": 0,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
@@ -156,13 +167,21 @@ class ShardRows(Dataset[Batch]):
                 f"{where}: a batch of {len(places)} rows begins here, and none of them has both a readable "
                 "image and a text; check the shards, or raise data.batch_size"
             )
-        pixels, texts, ids = zip(*found, strict=True)
-        tokens, mask = self.tokenizer(texts, self.config.max_length)
+        pixels, texts, wrong, ids = zip(*found, strict=True)
+        tokens, mask = self.tokenizer([text for each in texts for text in each], self.config.max_length)
         prompt_length = len(self.tokenizer.prompt(self.config.prompt)) - 1
-        return Batch(torch.stack(pixels), tokens, mask, torch.tensor(ids), prompt_length)
+        batch = Batch(torch.stack(pixels), tokens, mask, torch.tensor(ids), prompt_length)
+        if not self.config.contrasts:
+            return batch
+        tokens, mask = self.tokenizer([text or "" for text in wrong], self.config.max_length)
+        mask = mask * torch.tensor([[text is not None] for text in wrong])
+        return replace(batch, wrong_ids=tokens, wrong_mask=mask)
 
-    def _example(self, place: Place) -> tuple[torch.Tensor, str, int] | None:
-        """One row as (pixels, text, image id), None where one cannot be used; its chance is the place's."""
+    def _example(self, place: Place) -> tuple[torch.Tensor, list[str], str | None, int] | None:
+        """One row as (pixels, texts, the first of them made wrong, image id), None where one cannot be used.
+
+        Its chance is the place's.
+        """
         epoch, group, row = place
         data, texts = self._rows(group)[row]
         cleaned = [text for text in (clean_caption(text, self.config.max_words) for text in texts) if text]
@@ -174,7 +193,11 @@ class ShardRows(Dataset[Batch]):
             return None
         rng = random.Random(f"{self.seed} {epoch} {group} {row}")
         pixels = train_transform(image, self.image_size, self.config.augmentation, rng)
-        return pixels, f"{self.config.prompt} {rng.choice(cleaned)}", image_id(data)
+        chosen = _draw(cleaned, self.config.texts_per_image, rng)
+        wrong = contrast(chosen[0], self.config.contrasts, rng)
+        prompt = self.config.prompt
+        texts = [f"{prompt} {text}" for text in chosen]
+        return pixels, texts, None if wrong is None else f"{prompt} {wrong}", image_id(data)
 
     def _rows(self, number: int) -> list[Row]:
         group, corpus = self.groups[number]
@@ -185,6 +208,14 @@ class ShardRows(Dataset[Batch]):
             cache[number] = read_group(group, self.config.columns)
         cache.move_to_end(number)
         return cache[number]
+
+
+def _draw(texts: list[str], count: int, rng: random.Random) -> list[str]:
+    """`count` of the texts, none again before all came."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        drawn += rng.sample(texts, min(len(texts), count - len(drawn)))
+    return drawn
 
 
 def read_group(group: Group, columns: Columns) -> list[Row]:

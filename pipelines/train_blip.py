@@ -89,6 +89,11 @@ def build(run: TrainRun) -> Blip:
             model.config = replace(model.config, negative_floor=start.negative_floor)
     else:
         model = _new(run.model or BlipConfig(), run.init)
+    if model.config.text.reads and run.data.texts_per_image > 1:
+        raise ValueError(
+            f"data.texts_per_image is {run.data.texts_per_image}; it must be 1 but for a captioner "
+            "(start.reads: false), as ITC and ITM pair every image with one text"
+        )
     if run.momentum is not None:
         model.with_teacher(run.momentum)
     return model
@@ -120,12 +125,16 @@ def check_same_run(run: TrainRun, out: Path) -> None:
 
 def _decisive(run: TrainRun) -> dict[str, Any]:
     """Dotted key -> value, of everything that decides what a step computes."""
-    how = {
-        "checkpoint_blocks": 0,
-        "checkpoint_backend": "torch",
-        "optimizer_sharding": "none",
-    }  # the same steps
-    train = replace(run.train, steps=1, log_every=1, save_every=1, sinks=(), **how)
+    train = replace(
+        run.train,
+        steps=1,
+        log_every=1,
+        save_every=1,
+        sinks=(),
+        checkpoint_blocks=0,  # the same steps, for less memory
+        checkpoint_backend="torch",
+        optimizer_sharding="none",
+    )
     return _flat(as_tree(replace(run, out="", train=train, data=replace(run.data, workers=0))))
 
 
@@ -170,6 +179,7 @@ def train_run(run: TrainRun, out: Path, device: torch.device) -> None:
     save_memory(model, run.train)
     optimizer = make_optimizer(model, run.optim, optimizer_class(run.train.optimizer_sharding))
     step = resume(out, model, optimizer, device)
+    assert model.tokenizer is not None
     batches, rows = training_batches(
         run.data,
         model.tokenizer,

@@ -131,7 +131,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.after_step()  # type: ignore[operator]
-        rows += sum(len(batch.ids) for batch in micro)
+        rows += sum(len(batch.pixels) for batch in micro)
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             values = {name: float(value) for name, value in losses.items()}
