@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ class Watch:
         self.job, self.stream, self.pause = job, stream or sys.stderr, seconds_between_lines
         self.started = self.last_line = time.monotonic()
         self.rows, self.ended, self.stats = 0, 0, Stats()
+        self.under_way = Counter[str]()  # split -> rows heard of; plain processes only tell of whole splits
         self.failed: dict[str, str] = {}
         self.total = sum(split.stop - split.start for split in job.todo if split.stop is not None)
         already = len(job.splits) - len(job.todo)
@@ -111,10 +113,13 @@ class Watch:
     def hear(self, message: Progress | ShardResult) -> None:
         if isinstance(message, Progress):
             self.rows += message.rows
+            self.under_way[message.split] += message.rows
         elif message.error is None:
             self.ended += 1
             self.stats += message.stats
+            self.rows += message.stats.rows - self.under_way.pop(message.split, 0)
         else:
+            self.rows -= self.under_way.pop(message.split, 0)
             self.fail(message.split, message.error)
         if time.monotonic() - self.last_line >= self.pause:
             self.show()

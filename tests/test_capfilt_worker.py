@@ -152,10 +152,14 @@ def test_parquet_carries_its_provenance(run: tuple[CapFiltConfig, Path, Path]):
     assert config.captioner not in json.dumps(note)  # no paths: equal runs elsewhere give equal bytes
 
 
-def test_processes_give_the_same_bytes(run: tuple[CapFiltConfig, Path, Path], tmp_path: Path):
+def test_processes_give_the_same_bytes_and_count_the_same_rows(
+    run: tuple[CapFiltConfig, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config, shards, out = run
-    run_local(config, shards, tmp_path, workers=2)
-    assert hashes(tmp_path) == hashes(out)
+    for workers in (1, 2):
+        run_local(config, shards, tmp_path / str(workers), workers=workers)
+        assert hashes(tmp_path / str(workers)) == hashes(out)
+        assert "shards 4/4 | rows 48 at" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("captioner", "judge"), [("filter", "filter"), ("captioner", "captioner")])
