@@ -21,7 +21,7 @@ help:  ## this list
 	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER THRESHOLD FRACTION VERDICTS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
 	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
-	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='optim.lr=1e-4 train.seed=1'"
+	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='train.accumulate=4'"
 
 setup: $(READY)  ## make .venv with the locked packages; any other target does it when needed
 

@@ -164,7 +164,8 @@ class Blip(nn.Module):
         if self.config.text.reads:
             found |= self._itc_itm(batch, tokens, image)
         if self.config.text.writes:
-            found["lm"] = self.lm_loss(batch, image)
+            loss, words = self.lm_loss(batch, image)
+            found["lm"] = loss * share(words, batch.ids.device)
         return found
 
     @torch.no_grad()
@@ -240,15 +241,14 @@ class Blip(nn.Module):
                 unmatched.append(self.match_projected(batch.wrong_ids[made], batch.wrong_mask[made], seen))
         return losses.itm_loss(pairs[:, 0], torch.cat(unmatched))
 
-    def lm_loss(self, batch: Batch, image: list[KV]) -> Tensor:
-        """LM of the texts of a batch, on projected images [B]; in nats a word, labels smoothed."""
+    def lm_loss(self, batch: Batch, image: list[KV]) -> tuple[Tensor, int]:
+        """LM of the texts on projected images [B], in nats a word, labels smoothed; and how many words."""
         ids = _begin(batch.ids, self.config.dec_id)
         states, _ = self.med.write(ids[:, :-1], image)  # pads come last: causality already hides them
         targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]
         counts = targets != IGNORED
         logits = self.med.logits(states[counts])
-        loss = losses.lm_loss(logits, targets[counts], self.config.label_smoothing)
-        return loss * share(len(logits), ids.device)
+        return losses.lm_loss(logits, targets[counts], self.config.label_smoothing), len(logits)
 
     def _head(self, name: str) -> nn.Module:
         if name not in self.heads:

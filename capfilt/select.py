@@ -144,7 +144,7 @@ def select(out: Path, *, threshold: float | None = None, fraction: float | None 
         raise ValueError(f"threshold {threshold} and fraction {fraction} are both given; give only one")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; it is a probability, from 0 to 1")
-    marks = _whole_splits(out)
+    marks = whole_splits(out)
     if fraction is not None:
         threshold = threshold_for_fraction(_all_scores(out, marks), fraction)
     elif threshold is None:
@@ -166,7 +166,8 @@ def select(out: Path, *, threshold: float | None = None, fraction: float | None 
     return summary
 
 
-def _whole_splits(out: Path) -> list[Done]:
+def whole_splits(out: Path) -> list[Done]:
+    """Every done split. Errors: ValueError when there is none, or a file of one is gone or damaged."""
     marks = done_splits(out)
     if not marks:
         raise ValueError(f"{out}: holds no finished split; run `make capfilt` with this OUT first")

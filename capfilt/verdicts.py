@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 
 from capfilt.calibrate import Labels
 from capfilt.parquet import open_parquet
-from capfilt.schema import ShardError, scored_columns, short_reason
-from capfilt.shards import done_splits, missing_files, scored_path
+from capfilt.schema import scored_columns, short_reason
+from capfilt.select import whole_splits
+from capfilt.shards import scored_path
 
 SOURCES = ("web", "synthetic")
 WORDS = ("keep", "drop", "unsure")
@@ -216,14 +217,7 @@ def web_texts(out: Path) -> dict[str, tuple[str | None, float | None]]:
 
 def scored_tables(out: Path, columns: list[str]) -> Iterator[pa.Table]:
     """These columns of every done split. Errors: ValueError when nothing is done or a file is damaged."""
-    marks = done_splits(out)
-    if not marks:
-        raise ValueError(f"{out}: holds no finished split; run `make capfilt` with this OUT first")
-    for mark in marks:
-        if missing := missing_files(out, mark):
-            raise ShardError(
-                f"{out}: {missing[0]} is gone or not as it was written; run `make capfilt` again to redo it"
-            )
+    for mark in whole_splits(out):
         path = scored_path(out, mark.split.id)
         with open_parquet(path) as file:
             scored_columns(file.schema_arrow, path)

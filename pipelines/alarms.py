@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blip.generate import Decoding, generate
+from blip.layers import KV
 from blip.model import Batch, Blip
 
 PATIENCE = 5  # log steps
@@ -29,7 +30,7 @@ def inspect(model: Blip, batch: Batch) -> dict[str, float]:
     itm_prior           the ITM loss of who knows no more than how many pairs are wrong
     grounding_gap       LM loss with another's image minus that with the own, in nats a word
     unique_captions     share of different ones among greedy captions of up to 16 images
-    The last two need a model that writes and several images. Every process must call it.
+    The last two need a model that writes and several images.
     """
     found: dict[str, float] = {}
     if model.config.text.reads:
@@ -42,9 +43,9 @@ def inspect(model: Blip, batch: Batch) -> dict[str, float]:
     model.eval()
     image = model.med.project_image(model.image_tokens(batch.pixels))
     others = [(keys.roll(1, 0), values.roll(1, 0)) for keys, values in image]
-    found["grounding_gap"] = float(model.lm_loss(batch, others) - model.lm_loss(batch, image))
+    found["grounding_gap"] = float(model.lm_loss(batch, others)[0] - model.lm_loss(batch, image)[0])
     if model.tokenizer is not None:
-        found["unique_captions"] = _unique(model, batch, model.tokenizer.sep)
+        found["unique_captions"] = _unique(model, batch, image, model.tokenizer.sep)
     model.train(was_training)
     return found
 
@@ -54,11 +55,11 @@ def entropy(share: float) -> float:
     return -share * math.log(share) - (1 - share) * math.log(1 - share)
 
 
-def _unique(model: Blip, batch: Batch, end: int) -> float:
+def _unique(model: Blip, batch: Batch, image: list[KV], end: int) -> float:
     first = batch.ids[0, : batch.prompt_length + 1].clone()
     first[0] = model.config.dec_id
-    image = model.med.project_image(model.image_tokens(batch.pixels[:IMAGES]))
-    ids: Tensor = generate(model.med, image, first, end, Decoding(max_length=20))
+    some = [(keys[:IMAGES], values[:IMAGES]) for keys, values in image]
+    ids: Tensor = generate(model.med, some, first, end, Decoding(max_length=20))
     return len(ids.unique(dim=0)) / len(ids)
 
 

@@ -6,7 +6,7 @@ the right candidates is among the first n.
 Shapes: I images, T texts, Q queries, C candidates, E shared embedding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,3 @@ def _cut(texts: Texts, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and mask of some texts, no longer than the longest of them."""
     longest = int(texts.mask[rows].sum(1).max())
     return texts.ids[rows, :longest], texts.mask[rows, :longest]
-
-
-def as_percent(metrics: Mapping[str, float]) -> str:
-    """One line for a person: tr@1 80.0  tr@5 ..."""
-    return "  ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())

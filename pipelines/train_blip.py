@@ -51,6 +51,7 @@ class StartConfig:
     dropout: float | None = None
     drop_path: float | None = None
     negative_floor: float | None = None  # of ITM, see BlipConfig
+    negative_all_rank: bool | None = None
     tokenizer: str | None = None
 
 
@@ -87,6 +88,8 @@ def build(run: TrainRun) -> Blip:
         )
         if start.negative_floor is not None:
             model.config = replace(model.config, negative_floor=start.negative_floor)
+        if start.negative_all_rank is not None:
+            model.config = replace(model.config, negative_all_rank=start.negative_all_rank)
     else:
         model = _new(run.model or BlipConfig(), run.init)
     if model.config.text.reads and run.data.texts_per_image > 1:
@@ -146,14 +149,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def save_memory(model: Blip, config: TrainConfig) -> None:
-    """What a run may cost less with, and computes the same."""
+def make_cheaper(model: Blip, config: TrainConfig) -> None:
+    """What makes a run cheaper, in memory or time, and computes the same."""
     vision, text = model.vision.vit.blocks, model.med.blocks
-    if config.checkpoint_blocks:
-        checkpoint_activations(vision, config.checkpoint_blocks, config.checkpoint_backend)
-    if (
-        config.checkpoint_blocks and config.checkpoint_backend == "torch"
-    ):  # as BLIP: fairscale for the ViT only
+    checkpoint_activations(vision, config.checkpoint_blocks, config.checkpoint_backend)
+    if config.checkpoint_backend == "torch":  # as BLIP: fairscale for the ViT only
         checkpoint_activations(text, config.checkpoint_blocks)
     if config.compile:
         for block in [*vision, *text]:
@@ -176,7 +176,7 @@ def train_run(run: TrainRun, out: Path, device: torch.device) -> None:
     torch.manual_seed(run.train.seed)
     model = build(run).to(device)  # alike in all processes; what is drawn later is each one's own
     torch.manual_seed(run.train.seed + rank())
-    save_memory(model, run.train)
+    make_cheaper(model, run.train)
     optimizer = make_optimizer(model, run.optim, optimizer_class(run.train.optimizer_sharding))
     step = resume(out, model, optimizer, device)
     assert model.tokenizer is not None

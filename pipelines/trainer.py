@@ -111,8 +111,9 @@ def train(
 ) -> None:
     """Train from `first_step` to `config.steps`; `batches` must begin at `first_step * config.accumulate`.
 
-    `log` is None on all processes but the first. `inspect` is asked at every log step for more to log, about
-    a batch of that step; it may look at the model and must leave it, and the random numbers, as they are.
+    `log` is None on all processes but the first. The first asks `inspect` at every log step for more to log,
+    about a batch of that step; it may look at the model and must leave it, and the random numbers, as they
+    are, and wait for no other process.
     The state is saved every `config.save_every` steps and at the end. Raises NotFinite, with the last state
     on disk as it was, when a loss or the gradient is NaN or infinite.
     """
@@ -135,10 +136,9 @@ def train(
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             values = {name: float(value) for name, value in losses.items()}
-            values |= {"lr": rate, "grad_norm": float(norm)} | (
-                inspect(micro[-1].to(device)) if inspect else {}
-            )
+            values |= {"lr": rate, "grad_norm": float(norm)}
             if log:
+                values |= inspect(micro[-1].to(device)) if inspect else {}
                 said = alarms(done, values)
                 log.log(done, values | ({"alarms": "; ".join(said)} if said else {}), rows * world_size())
                 for text in said:
