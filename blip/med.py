@@ -108,7 +108,7 @@ class MED(nn.Module):
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(MEDBlock(config, image_width) for _ in range(config.depth))
         self.lm_head = LMHead(config) if config.writes else None
-        self.apply(bert_init)
+        bert_init(self, config.width)
 
     def project_image(self, image_tokens: Tensor) -> list[KV]:
         """[B, N, image width] -> the keys and values of every block, each [B, H, N, C]."""

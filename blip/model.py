@@ -92,7 +92,7 @@ class Blip(nn.Module):
             self.heads["vision_proj"] = nn.Linear(config.vision.width, config.embed)
             self.heads["text_proj"] = nn.Linear(config.text.width, config.embed)
             self.heads["itm"] = nn.Linear(config.text.width, 2)
-            self.heads.apply(bert_init)
+            bert_init(self.heads, config.text.width)
             self.temperature = nn.Parameter(torch.tensor(0.07))
         self.teacher: Momentum | None = None
 

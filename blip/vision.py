@@ -10,7 +10,7 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -33,6 +33,8 @@ class VisionConfig:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; choose one"
             )
+        if self.width % 4:
+            raise ValueError(f"width {self.width} of the ViT is not a multiple of 4, as its positions need")
         if self.stem and 2 ** len(self.stem) != self.patch_size:
             raise ValueError(
                 f"a stem of {len(self.stem)} halvings makes patches of {2 ** len(self.stem)} pixels, "
@@ -60,9 +62,12 @@ class VisionEncoder(nn.Module):
             norm_layer=partial(LayerNorm, eps=config.eps),
             num_classes=0,
             global_pool="",
+            weight_init="jax",  # Xavier, as in the ViT paper; timm's own 0.02 is too little for a narrow ViT
         )
         if config.stem:
             self.vit.patch_embed.proj = conv_stem(config.stem, config.width)
+        with torch.no_grad():
+            self.vit.pos_embed[0, 1:] = patch_positions(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.vit.forward_features(pixels)  # [B, N, D]
@@ -83,6 +88,16 @@ def conv_stem(widths: Sequence[int], out: int) -> nn.Sequential:
     last = nn.Conv2d(widths[-1], out, 1)
     nn.init.kaiming_normal_(last.weight, nonlinearity="linear")
     return nn.Sequential(*layers, last)
+
+
+def patch_positions(config: VisionConfig) -> Tensor:
+    """What the position embedding starts from, [N - 1, D]: sines and cosines of row and column, then learned.
+
+    As in MoCo v3 and MAE. From timm's normal(0, 0.02) a ViT that learns from few images finds out what is in
+    them, but not where: the LM then guesses left and right.
+    """
+    side = config.image_size // config.patch_size
+    return build_sincos2d_pos_embed([side, side], config.width)
 
 
 def interpolate_position_embedding(embedding: Tensor, num_tokens: int) -> Tensor:
