@@ -6,6 +6,7 @@ VENV := .venv
 READY := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 SHARDS = $(if $(IN),'data.shards=[$(IN)]')
+TESTSET = $(if $(IN),'shards=[$(IN)]')
 FOLDER = $(if $(OUT),'out=$(OUT)')
 # NPROC processes on each of NNODES machines; HEAD is host:port of the first, the same line runs on all.
 NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --rdzv-endpoint=$(or $(HEAD),\
@@ -13,12 +14,12 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench world shards pretrain captioner filter tiny-weights capfilt select calibrate curves clean
+.PHONY: help setup demo test check bench world shards pretrain captioner filter tiny-weights capfilt select calibrate curves eval-retrieval eval-captions clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER THRESHOLD FRACTION VERDICTS NPROC NNODES HEAD ARGS PYTHON'
+	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
 	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
 	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='train.accumulate=4'"
@@ -83,6 +84,14 @@ calibrate: needs-OUT $(READY)  ## the threshold for a wanted precision, from lab
 
 curves: $(READY)  ## the learning curves of runs side by side: ARGS='runs=[runs/a,runs/b]'
 	$(RUN) pipelines.curves $(or $(CONFIG),configs/curves.yaml) $(ARGS)
+
+eval-retrieval: $(READY)  ## TR@k and IR@k of MODEL on clean shards; tiny, unless CONFIG is configs/eval_retrieval_coco.yaml
+	$(RUN) pipelines.eval_retrieval $(or $(CONFIG),configs/tiny/eval_retrieval.yaml) \
+		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
+
+eval-captions: $(READY)  ## BLEU, ROUGE-L, CIDEr-D of MODEL on clean shards; tiny, unless CONFIG is configs/eval_captions_coco.yaml
+	$(RUN) pipelines.eval_captions $(or $(CONFIG),configs/tiny/eval_captions.yaml) \
+		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
 
 clean:  ## remove what the demo and the tools left; your runs and .venv stay
 	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blip.checkpoint import digest
+from blip.weights_files import locate
 from capfilt.schema import short_reason
 from capfilt.select import DEFAULT_THRESHOLD
 from capfilt.shards import (
@@ -73,8 +74,8 @@ def prepare(config: CapFiltConfig, source: str | Path, out: str | Path) -> Job:
     splits = plan_splits(source, config.rows_per_split)
     own = json.dumps(asdict(settings(config)), sort_keys=True).encode()
     fingerprint = {
-        "captioner": digest(config.captioner),
-        "filter": digest(config.filter),
+        "captioner": digest(locate(config.captioner)),
+        "filter": digest(locate(config.filter)),
         "config": hashlib.sha256(own).hexdigest()[:16],
     }
     check_plan(out, splits)

@@ -103,14 +103,14 @@ def find_groups(shards: tuple[str, ...], columns: Columns) -> list[Group]:
     for place in map(Path, shards):
         if not place.exists():
             raise ValueError(f"{place}: no such file or folder; data.shards must name parquet or tar shards")
-        for path in _files_in(place) if place.is_dir() else [place]:
+        for path in files_in(place) if place.is_dir() else [place]:
             groups += index_tar(path, columns) if path.suffix == ".tar" else _row_groups(path, columns)
     if not groups:
         raise ValueError(f"{', '.join(shards)}: no rows; data.shards must name shards with rows")
     return groups
 
 
-def _files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     files = {path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name[0] not in "._"}
     if not files:
         raise ValueError(
@@ -121,7 +121,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _row_groups(path: Path, columns: Columns) -> list[RowGroup]:
     with open_parquet(path) as file:
-        if not _is_clean(file.schema_arrow):
+        if not is_clean(file.schema_arrow):
             map_columns(file.schema_arrow, columns, path)
         counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     firsts = accumulate(counts, initial=0)
@@ -132,7 +132,7 @@ def _row_groups(path: Path, columns: Columns) -> list[RowGroup]:
     ]
 
 
-def _is_clean(schema: pa.Schema) -> bool:
+def is_clean(schema: pa.Schema) -> bool:
     """Whether these are the columns of `capfilt.schema.CLEAN`, as far as they are read here."""
     types = {field.name: field.type for field in schema}
     if not {"image", "captions"} <= types.keys():
@@ -226,7 +226,7 @@ def read_group(group: Group, columns: Columns) -> list[Row]:
     if isinstance(group, TarPart):
         return [(row.image, [row.text] if row.text else []) for row in read_part(group, columns)]
     with open_parquet(group.path) as file:
-        if _is_clean(file.schema_arrow):
+        if is_clean(file.schema_arrow):
             try:
                 records = file.read_row_group(group.index, columns=["image", "captions"]).to_pylist()
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

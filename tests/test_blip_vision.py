@@ -15,9 +15,7 @@ def test_a_new_vit_knows_row_and_column_of_every_patch() -> None:
     start = VisionEncoder(CONFIG).vit.pos_embed[0].detach()
     for row in range(5):
         for column in range(5):
-            found = start[
-                1 + 5 * row + column
-            ].double()  # 4 rates x (sine, cosine) x (row, column)
+            found = start[1 + 5 * row + column].double()  # 4 rates x (sine, cosine) x (row, column)
             angles = [place / 10_000 ** (band / 4) for place in (row, column) for band in range(4)]
             values = sorted([f(angle) for angle in angles for f in (math.sin, math.cos)])
             assert found.sort().values.tolist() == pytest.approx(values, abs=1e-6)

@@ -1,6 +1,10 @@
 """The worker on real shards: every row accounted for, scores as the models give them one by one."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +30,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CapFiltConfig, Path, 
     summary = run_local(config, shards, folder / "out")
     assert (summary.done, summary.failed, summary.stats.rows) == (4, {}, 48)
     return config, shards, folder / "out"
+
+
+def test_models_are_found_by_their_names_on_the_hub(run: tuple[CapFiltConfig, Path, Path], tmp_path: Path):
+    """In another process, as the hub's library reads its settings once; its cache stands for the network."""
+    config, shards, out = run
+    for source in (config.captioner, config.filter):
+        model = tmp_path / "hub" / f"models--someone--{Path(source).name}"
+        shutil.copytree(source, model / "snapshots" / ("0" * 40))
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text("0" * 40)
+    named = replace(config, captioner="someone/captioner", filter="someone/filter")
+    code = (
+        "from blip.generate import Decoding\nfrom capfilt import CapFiltConfig, run_local\n"
+        "from capfilt.schema import Columns\n"
+        f"print(run_local({named!r}, {str(shards)!r}, {str(tmp_path / 'out')!r}).stats.rows)\n"
+    )
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    settings["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "48"
+    assert hashes(tmp_path / "out") == hashes(out)
 
 
 def rows_of(out: Path) -> list[dict]:
