@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from capfilt.parquet import READ_ROWS, open_parquet
 from capfilt.schema import CLEAN, ColumnMap, Columns, Row, ShardError, scored_columns
 from capfilt.shards import (
     Done,
-    clean_path,
     done_splits,
     input_fingerprint,
     missing_files,
@@ -33,6 +32,7 @@ from capfilt.shards import (
 )
 
 DEFAULT_THRESHOLD = 0.5
+SOURCES = ("web", "synthetic")
 _SCORE_COLUMNS = ["capfilt_key", "caption_web", "itm_web", "captions_synthetic", "itms_synthetic"]
 
 
@@ -47,7 +47,10 @@ class Caption:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A dropped text and why: 'empty', 'not_scored', 'below_threshold' or 'duplicate_of_{web,synthetic}'."""
+    """A dropped text and why: empty, not_wanted, not_scored, below_threshold, duplicate_of_{web,synthetic}.
+
+    not_wanted: texts of its source were not asked for.
+    """
 
     text: str | None
     source: str
@@ -72,27 +75,30 @@ def verdict(
     web: tuple[str | None, float | None],
     synthetic: Sequence[tuple[str | None, float | None]],
     threshold: float,
+    sources: Collection[str] = SOURCES,
 ) -> Verdict:
     """Judge the web text and the synthetic texts of one image, each given as (text, ITM score).
 
-    Kept texts come in this order, the web text first. A synthetic text with the words of a text that was kept
-    before it is a duplicate, whatever its case and punctuation.
+    Kept texts are of `sources` and come in this order, the web text first. A synthetic text with the words of
+    a text that was kept before it is a duplicate, whatever its case and punctuation.
     """
     kept: list[Caption] = []
     rejected: list[Rejected] = []
-    sources: dict[str, str] = {}  # words of a kept text -> where it came from
+    seen: dict[str, str] = {}  # words of a kept text -> where it came from
     for source, (text, itm) in [("web", web), *(("synthetic", pair) for pair in synthetic)]:
         words = _words(text or "")
         if text is None or not text.strip():
             rejected.append(Rejected(text, source, itm, "empty"))
+        elif source not in sources:
+            rejected.append(Rejected(text, source, itm, "not_wanted"))
         elif itm is None or math.isnan(itm):
             rejected.append(Rejected(text, source, None, "not_scored"))
         elif not keep(itm, threshold):
             rejected.append(Rejected(text, source, itm, "below_threshold"))
-        elif words in sources:
-            rejected.append(Rejected(text, source, itm, f"duplicate_of_{sources[words]}"))
+        elif words in seen:
+            rejected.append(Rejected(text, source, itm, f"duplicate_of_{seen[words]}"))
         else:
-            sources[words] = source
+            seen[words] = source
             kept.append(Caption(text, source, itm))
     return Verdict(tuple(kept), tuple(rejected))
 
@@ -132,13 +138,23 @@ class SelectSummary:
     texts: Mapping[str, Mapping[str, int]]
 
 
-def select(out: Path, *, threshold: float | None = None, fraction: float | None = None) -> SelectSummary:
+def select(
+    out: Path,
+    *,
+    threshold: float | None = None,
+    fraction: float | None = None,
+    sources: Collection[str] = SOURCES,
+    clean: Path | None = None,
+) -> SelectSummary:
     """Apply the rule to all done splits of `out`; write `clean/<split>.parquet` and `clean/_select.json`.
 
     Give `threshold` (default 0.5) or `fraction`, the share of all scored texts to keep. Images come from the
     scored shard, or, if it did not keep them, from the input. Running it again gives the same bytes; clean
     files of splits that are not done are removed. `_select.json`, the summary, is there once all is written.
-    Errors: ValueError for both or bad numbers, nothing done, damaged shards, or an input that has changed.
+    Texts of `sources` only are kept. `clean` is another folder to write to, so that several choices can lie
+    side by side; nothing is removed from it.
+    Errors: ValueError for both or bad numbers, nothing done, damaged shards, an input that has changed, or
+    other shards in `clean`.
     """
     if threshold is not None and fraction is not None:
         raise ValueError(f"threshold {threshold} and fraction {fraction} are both given; give only one")
@@ -149,16 +165,20 @@ def select(out: Path, *, threshold: float | None = None, fraction: float | None 
         threshold = threshold_for_fraction(_all_scores(out, marks), fraction)
     elif threshold is None:
         threshold = DEFAULT_THRESHOLD
-    summary_path = out / "clean" / "_select.json"
+    folder = clean or out / "clean"
+    names = {f"{mark.split.id}.parquet" for mark in marks}
+    stale = sorted(path for path in folder.glob("*.parquet") if path.name not in names)
+    if stale and clean is not None:
+        raise ValueError(f"{clean}: holds {stale[0].name}, which is not of {out}; choose an empty folder")
+    summary_path = folder / "_select.json"
     summary_path.unlink(missing_ok=True)
-    for stale in set((out / "clean").glob("*.parquet")) - {clean_path(out, mark.split.id) for mark in marks}:
-        stale.unlink()
+    for path in stale:
+        path.unlink()
     counts: Counter[tuple[str, str]] = Counter()
     for mark in marks:
-        counts += _write_clean(out, mark, threshold)
-    sources = ("web", "synthetic")
+        counts += _write_clean(out, mark, folder, threshold, sources)
     texts = {
-        name: {what: n for (source, what), n in sorted(counts.items()) if source == name} for name in sources
+        name: {what: n for (source, what), n in sorted(counts.items()) if source == name} for name in SOURCES
     }
     rows = (counts["row", "seen"], counts["row", "kept"])
     summary = SelectSummary(threshold, fraction, len(marks), *rows, texts)
@@ -190,16 +210,19 @@ def _all_scores(out: Path, marks: Sequence[Done]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _write_clean(out: Path, mark: Done, threshold: float) -> Counter[tuple[str, str]]:
+def _write_clean(
+    out: Path, mark: Done, folder: Path, threshold: float, sources: Collection[str]
+) -> Counter[tuple[str, str]]:
     """Write one clean shard. Returns how many rows and texts met which end."""
     counts: Counter[tuple[str, str]] = Counter()
     record = mark.files[scored_path(out, mark.split.id).relative_to(out).as_posix()]
     note = json.dumps({"threshold": threshold, "scored_sha256": record["sha256"]}, sort_keys=True)
     schema = CLEAN.with_metadata({**CLEAN.metadata, b"capfilt": note.encode()})
-    with writing_shard(clean_path(out, mark.split.id), schema) as writer:
+    with writing_shard(folder / f"{mark.split.id}.parquet", schema) as writer:
         for scored, image in _scored_rows(out, mark):
             synthetic = zip(scored["captions_synthetic"], scored["itms_synthetic"], strict=True)
-            judged = verdict((scored["caption_web"], scored["itm_web"]), list(synthetic), threshold)
+            web = scored["caption_web"], scored["itm_web"]
+            judged = verdict(web, list(synthetic), threshold, sources)
             counts["row", "seen"] += 1
             counts.update([(text.source, "kept") for text in judged.kept])
             counts.update([(text.source, text.reason) for text in judged.rejected])

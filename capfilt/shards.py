@@ -266,10 +266,6 @@ def stats_path(out: Path, split_id: str) -> Path:
     return out / "scored" / f"{split_id}_stats.json"
 
 
-def clean_path(out: Path, split_id: str) -> Path:
-    return out / "clean" / f"{split_id}.parquet"
-
-
 def done_path(out: Path, split_id: str) -> Path:
     return out / "_done" / f"{split_id}.json"
 

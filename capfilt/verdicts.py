@@ -19,10 +19,9 @@ import pyarrow.compute as pc
 from capfilt.calibrate import Labels
 from capfilt.parquet import open_parquet
 from capfilt.schema import scored_columns, short_reason
-from capfilt.select import whole_splits
+from capfilt.select import SOURCES, whole_splits
 from capfilt.shards import scored_path
 
-SOURCES = ("web", "synthetic")
 WORDS = ("keep", "drop", "unsure")
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 _ROW_COLUMNS = [

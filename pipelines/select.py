@@ -3,8 +3,9 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from capfilt.select import SelectSummary, select
+from capfilt.select import SOURCES, SelectSummary, select
 from pipelines.config import parse_args, run_main
 
 
@@ -13,13 +14,18 @@ class SelectRun:
     out: str  # the output folder of CapFilt
     threshold: float | None = None  # of P(match); 0.5, the paper's rule, when neither is given
     fraction: float | None = None  # or: the share of all scored texts to keep
+    sources: tuple[Literal["web", "synthetic"], ...] = SOURCES  # whose texts may be kept
+    clean: str | None = None  # another folder for the clean shards; null: OUT/clean
 
 
 def main(argv: list[str]) -> int:
     run = parse_args(argv, SelectRun)
-    summary = select(Path(run.out), threshold=run.threshold, fraction=run.fraction)
+    clean = Path(run.clean) if run.clean else None
+    summary = select(
+        Path(run.out), threshold=run.threshold, fraction=run.fraction, sources=run.sources, clean=clean
+    )
     print(describe(summary))
-    print(f"clean shards in {run.out}/clean")
+    print(f"clean shards in {clean or Path(run.out, 'clean')}")
     return 0
 
 

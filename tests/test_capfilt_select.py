@@ -165,6 +165,29 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "clean").iterdir())}
 
 
+def test_one_source_alone_into_a_folder_of_its_own(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path)
+    select(tmp_path)
+    before = files(tmp_path)
+    found = select(tmp_path, threshold=0.0, sources=["web"], clean=tmp_path / "web")
+    assert found.texts == {
+        "web": {"kept": 18, "empty": 1, "not_scored": 1},
+        "synthetic": {"not_wanted": 38},
+    }
+    captions = [
+        caption
+        for path in sorted((tmp_path / "web").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+        for caption in row["captions"]
+    ]
+    assert len(captions) == 18 and {caption["source"] for caption in captions} == {"web"}
+    assert files(tmp_path) == before  # the usual place is as it was
+    shard(tmp_path / "mine" / "other.parquet", 1)
+    with pytest.raises(ValueError, match=r"mine: holds other.parquet, which is not of"):
+        select(tmp_path, clean=tmp_path / "mine")
+    assert (tmp_path / "mine" / "other.parquet").exists()
+
+
 def test_select_writes_the_rows_that_keep_a_text(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path)
     summary = select(tmp_path)
