@@ -81,6 +81,9 @@ class WorldConfig:
     shapes: int = 6
     textures: int = 3
     captions_per_image: int = 3
+    directions: float = (
+        world_text.DIRECTION_SHARE
+    )  # share of the clear ones that clean and test captions state
     jpeg_quality: int = 90
     right: float = 0.5
     partly: float = 0.10
@@ -101,7 +104,7 @@ class WorldConfig:
             "textures": (1, len(TEXTURES)),
             "captions_per_image": (1, 20),
             "jpeg_quality": (1, 100),
-            **dict.fromkeys(KINDS, (0, 1)),
+            **dict.fromkeys((*KINDS, "directions"), (0, 1)),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -116,7 +119,6 @@ class WorldConfig:
         return {kind: getattr(self, kind) for kind in KINDS}
 
     def palette(self) -> Palette:
-        """The colours, shapes and textures in use."""
         return Palette(COLOURS[: self.colours], SHAPES[: self.shapes], TEXTURES[: self.textures])
 
 
@@ -279,7 +281,8 @@ def make_row(config: WorldConfig, split: str, index: int) -> Row:
         kind = str(text_rng.choice(KINDS, p=shares / shares.sum()))
         texts = [web_caption(kind, scene, config, text_rng)]
     else:
-        kind, texts = None, world_text.captions(scene, text_rng, config.captions_per_image)
+        kind = None
+        texts = world_text.captions(scene, text_rng, config.captions_per_image, config.directions)
     shard, row = divmod(index, config.shard_rows)
     jpeg = draw_jpeg(scene, picture_rng, config.side, config.jpeg_quality)
     return Row(f"{split}{shard:05d}{row:04d}", scene, jpeg, tuple(texts), kind)

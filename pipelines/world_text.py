@@ -47,6 +47,7 @@ JUDGE_MARGIN = 0.05  # a relation holds from this difference on
 CLEAR_DISTANCE = 0.2  # people only state a relation from this difference on ...
 CLEAR_RATIO = 1.5  # ... and when it beats the other axis by this factor
 MENTION_SHARE = 0.35  # how often a size, and how often a texture, is mentioned
+DIRECTION_SHARE = 0.6  # how often a direction is stated where it is clear
 
 # "#" stands for one to four digits, written apart so that ten words cover all numbers.
 JUNK = re.split(
@@ -260,11 +261,11 @@ def _mention(thing: SceneObject, definite: bool, rng: Generator) -> Mention:
     return Mention(thing.shape, thing.colour, size, texture, definite)
 
 
-def _links(named: Sequence[SceneObject], rng: Generator) -> tuple[str, ...]:
+def _links(named: Sequence[SceneObject], rng: Generator, directions: float) -> tuple[str, ...]:
     if len(named) > 2:
         return ("",) * (len(named) - 2) + ("and",)
     direction = clear_direction(*named)
-    if direction is None or rng.random() < 0.4:
+    if direction is None or rng.random() < 1 - directions:
         return (_pick(("and", *BESIDE), rng),)
     return (_pick(PHRASES[direction], rng),)
 
@@ -279,11 +280,11 @@ def _opening(named: int, links: tuple[str, ...], scene: Scene, rng: Generator) -
     return _pick(SIMPLE_OPENINGS, rng)
 
 
-def compose(scene: Scene, rng: Generator) -> Sentence:
+def compose(scene: Scene, rng: Generator, directions: float = DIRECTION_SHARE) -> Sentence:
     """One true sentence naming two objects of the scene, or three where it has more than two."""
     count = 2 if len(scene.objects) == 2 else int(rng.integers(2, 4))
     named = [scene.objects[i] for i in rng.permutation(len(scene.objects))[:count]]
-    links = _links(named, rng)
+    links = _links(named, rng, directions)
     opening = _opening(count, links, scene, rng)
     # "the red star is below the green ring": only for links that can follow a verb.
     definite = opening == "" and links[0] in PAIR_LINKS - {"and"} and rng.random() < 0.5
@@ -296,9 +297,9 @@ def compose(scene: Scene, rng: Generator) -> Sentence:
     )
 
 
-def captions(scene: Scene, rng: Generator, n: int) -> list[str]:
+def captions(scene: Scene, rng: Generator, n: int, directions: float = DIRECTION_SHARE) -> list[str]:
     """`n` captions as people would write them, each true of the scene."""
-    return [render(compose(scene, rng)) for _ in range(n)]
+    return [render(compose(scene, rng, directions)) for _ in range(n)]
 
 
 def junk(rng: Generator) -> str:
