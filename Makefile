@@ -14,12 +14,12 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench world shards pretrain captioner filter tiny-weights capfilt select calibrate curves eval-retrieval eval-captions clean
+.PHONY: help setup demo test check bench world world-vqa shards vqa-shards pretrain captioner filter vqa tiny-weights capfilt select calibrate curves eval-retrieval eval-captions eval-filter bootstrap ablation clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS NPROC NNODES HEAD ARGS PYTHON'
+	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS ROUNDS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
 	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
 	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='train.accumulate=4'"
@@ -51,8 +51,14 @@ bench: $(READY)  ## measure on this machine: captions and scores beside transfor
 world: $(READY)  ## draw the generated corpus: noisy, clean and test shards with their truth
 	$(RUN) pipelines.world $(or $(CONFIG),configs/tiny/world.yaml) $(FOLDER) $(ARGS)
 
+world-vqa: $(READY)  ## questions about the generated corpus, answered from its truth
+	$(RUN) pipelines.world_questions $(or $(CONFIG),configs/tiny/world_questions.yaml) $(FOLDER) $(ARGS)
+
 shards: $(READY)  ## clean shards from COCO, Flickr30k, NoCaps, a folder or a table: CONFIG=configs/ingest_coco.yaml
 	$(RUN) pipelines.ingest $(or $(CONFIG),configs/ingest_folder.yaml) $(FOLDER) $(ARGS)
+
+vqa-shards: $(READY)  ## shards of questions from VQAv2, OK-VQA, Visual Genome: CONFIG=configs/ingest_vqa.yaml
+	$(RUN) pipelines.ingest_vqa $(or $(CONFIG),configs/ingest_vqa.yaml) $(FOLDER) $(ARGS)
 
 pretrain: $(READY)  ## train a MED: ITC + ITM + LM; tiny, unless CONFIG is configs/pretrain_14m_base.yaml or your own
 	$(TRAIN)pipelines.train_blip $(or $(CONFIG),configs/tiny/pretrain.yaml) $(SHARDS) $(FOLDER) $(ARGS)
@@ -62,6 +68,9 @@ captioner: $(READY)  ## fine-tune a captioner: LM; tiny, unless CONFIG is config
 
 filter: $(READY)  ## fine-tune a filter: ITC + ITM; tiny, unless CONFIG is configs/filter_coco.yaml or your own
 	$(TRAIN)pipelines.train_blip $(or $(CONFIG),configs/tiny/filter.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+vqa: $(READY)  ## fine-tune for visual question answering; tiny, unless CONFIG is configs/vqa.yaml or your own
+	$(TRAIN)pipelines.train_vqa $(or $(CONFIG),configs/tiny/vqa.yaml) $(SHARDS) $(FOLDER) $(ARGS)
 
 tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
 	$(RUN) pipelines.world configs/tiny/world.yaml
@@ -92,6 +101,17 @@ eval-retrieval: $(READY)  ## TR@k and IR@k of MODEL on clean shards; tiny, unles
 eval-captions: $(READY)  ## BLEU, ROUGE-L, CIDEr-D of MODEL on clean shards; tiny, unless CONFIG is configs/eval_captions_coco.yaml
 	$(RUN) pipelines.eval_captions $(or $(CONFIG),configs/tiny/eval_captions.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
+
+eval-filter: $(READY)  ## precision of MODEL as a filter on clean shards
+	$(RUN) pipelines.eval_filter $(or $(CONFIG),configs/tiny/eval_filter.yaml) \
+		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
+
+bootstrap: $(READY)  ## the whole loop, ROUNDS of it: captioner, filter, clean corpus, new MED; tiny unless CONFIG says
+	$(RUN) pipelines.bootstrap $(or $(CONFIG),configs/tiny/bootstrap.yaml) $(if $(ROUNDS),rounds=$(ROUNDS)) \
+		$(if $(NPROC),processes=$(NPROC)) $(FOLDER) $(ARGS)
+
+ablation: $(READY)  ## BLIP's Table 1 over several seeds: raw, filtered, captioned, both; tiny unless CONFIG says
+	$(RUN) pipelines.ablation $(or $(CONFIG),configs/tiny/ablation.yaml) $(if $(NPROC),processes=$(NPROC)) $(FOLDER) $(ARGS)
 
 clean:  ## remove what the demo and the tools left; your runs and .venv stay
 	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -66,6 +66,7 @@ class VisionEncoder(nn.Module):
         )
         if config.stem:
             self.vit.patch_embed.proj = conv_stem(config.stem, config.width)
+        assert self.vit.pos_embed is not None
         with torch.no_grad():
             self.vit.pos_embed[0, 1:] = patch_positions(config)
 

@@ -72,42 +72,59 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A test set as ITC and ITM see it: I images, T texts."""
+
+    tokens: list[Tensor]  # of every image, [1, N, D]
+    texts: Texts
+    cosine: Tensor  # [I, T]
+
+
 def evaluate_retrieval(
     model: Blip, images: Iterable[TestImage], protocol: RetrievalProtocol, batch_size: int
 ) -> dict[str, Any]:
-    """{"images": I, "texts": T, "itc": recalls} and, with k, "itm": the re-ranked recalls.
+    """{"images": I, "texts": T, "itc": recalls}, and "itm", re-ranked, with k. Errors: as `encode`."""
+    found = encode(model, images, batch_size, protocol.max_words, protocol.max_length)
+    owners = found.texts.image
+    result: dict[str, Any] = {"images": len(found.tokens), "texts": len(owners)}
+    result["itc"] = retrieval_metrics(found.cosine, found.cosine.T, owners)
+    if protocol.k:
+        ranked = rerank(model, iter(enumerate(found.tokens)), found.texts, found.cosine, protocol.k)
+        result["itm"] = retrieval_metrics(*ranked, owners)
+    return result
+
+
+def encode(
+    model: Blip, images: Iterable[TestImage], batch_size: int, max_words: int, max_length: int
+) -> Encoded:
+    """Encode every image and text once.
 
     All image tokens are kept: 1.8 MB an image for ViT-B at 384 px in fp32, half of that in bf16.
     Errors: ValueError for an image that has no text or cannot be decoded, or where there is none.
     """
     if model.tokenizer is None or not model.config.text.reads:
-        raise ValueError("retrieval needs a model that reads texts (ITC, ITM) and its vocabulary")
+        raise ValueError("this needs a model that reads texts (ITC, ITM) and its vocabulary")
     device = next(model.parameters()).device
     keep = torch.bfloat16 if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    tokens: list[Tensor] = []  # of every image, [1, N, D]
+    tokens: list[Tensor] = []
     features, words, owners = [], [], []
     for chosen, pixels in batches_of_pixels(images, model.config.vision.image_size, batch_size, device):
         for number, image in enumerate(chosen, start=len(tokens)):
             if not image.texts:
-                raise ValueError(f"test image {image.key} has no caption; retrieval needs one of every image")
-            words += [clean_caption(text, protocol.max_words) for text in image.texts]
+                raise ValueError(f"test image {image.key} has no caption; every image needs one")
+            words += [clean_caption(text, max_words) for text in image.texts]
             owners += [number] * len(image.texts)
         found = model.image_tokens(pixels)
         features.append(model.image_features(found))
         tokens += found.to(keep).split(1)
     if not tokens:
         raise ValueError("the test set has no image; shards must name clean shards with rows")
-    ids, mask = (tensor.to(device) for tensor in model.tokenizer(words, protocol.max_length))
+    ids, mask = (tensor.to(device) for tensor in model.tokenizer(words, max_length))
     texts = Texts(ids, mask, torch.tensor(owners, device=device))
-    words_seen = text_features(model, texts)
+    written = text_features(model, texts)
     with torch.autocast(device.type, enabled=False):  # bf16 would make ties of what differs
-        cosine = torch.cat(features) @ words_seen.T  # [I, T]
-    result: dict[str, Any] = {"images": len(tokens), "texts": len(words)}
-    result["itc"] = retrieval_metrics(cosine, cosine.T, texts.image)
-    if protocol.k:
-        ranked = rerank(model, iter(enumerate(tokens)), texts, cosine, protocol.k)
-        result["itm"] = retrieval_metrics(*ranked, texts.image)
-    return result
+        return Encoded(tokens, texts, torch.cat(features) @ written.T)
 
 
 def describe(name: str, metrics: dict[str, float]) -> str:

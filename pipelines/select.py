@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from capfilt.select import SOURCES, SelectSummary, select
+from capfilt.select import SelectSummary, select
 from pipelines.config import parse_args, run_main
 
 
@@ -14,7 +14,7 @@ class SelectRun:
     out: str  # the output folder of CapFilt
     threshold: float | None = None  # of P(match); 0.5, the paper's rule, when neither is given
     fraction: float | None = None  # or: the share of all scored texts to keep
-    sources: tuple[Literal["web", "synthetic"], ...] = SOURCES  # whose texts may be kept
+    sources: tuple[Literal["web", "synthetic"], ...] = ("web", "synthetic")  # whose texts may be kept
     clean: str | None = None  # another folder for the clean shards; null: OUT/clean
 
 

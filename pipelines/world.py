@@ -81,9 +81,7 @@ class WorldConfig:
     shapes: int = 6
     textures: int = 3
     captions_per_image: int = 3
-    directions: float = (
-        world_text.DIRECTION_SHARE
-    )  # share of the clear ones that clean and test captions state
+    directions: float = world_text.DIRECTION_SHARE  # stated by clean and test captions, where clear
     jpeg_quality: int = 90
     right: float = 0.5
     partly: float = 0.10
@@ -156,8 +154,7 @@ def make_scene(config: WorldConfig, rng: Generator) -> Scene:
         )
         for pair, size, (x, y) in zip(pairs, sizes, places, strict=True)
     )
-    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    return Scene(objects, background, TONES[int(rng.integers(len(TONES)))])
+    return Scene(objects, *(choices[int(rng.integers(len(choices)))] for choices in (BACKGROUNDS, TONES)))
 
 
 def _texture(textures: Sequence[str], rng: Generator) -> str:

@@ -12,7 +12,9 @@ CONFIG = VisionConfig(image_size=80, patch_size=16, width=16, depth=1, heads=2)
 
 
 def test_a_new_vit_knows_row_and_column_of_every_patch() -> None:
-    start = VisionEncoder(CONFIG).vit.pos_embed[0].detach()
+    positions = VisionEncoder(CONFIG).vit.pos_embed
+    assert positions is not None
+    start = positions[0].detach()
     for row in range(5):
         for column in range(5):
             found = start[1 + 5 * row + column].double()  # 4 rates x (sine, cosine) x (row, column)
@@ -32,6 +34,7 @@ def test_neighbours_have_the_nearest_positions() -> None:
 def test_positions_can_be_learned() -> None:
     vision = VisionEncoder(CONFIG)
     vision(torch.rand(2, 3, 80, 80)).square().sum().backward()
+    assert vision.vit.pos_embed is not None
     gradient = vision.vit.pos_embed.grad
     assert gradient is not None and gradient[0].any(-1).all()
 
