@@ -2,6 +2,8 @@
 
 captions, scores   our models and those of transformers, in one process and in turns, with the same random
                    weights; timed only after both wrote the same ids and gave the same P(match)
+train              a step of pre-training, forward and backward, and a plain loop over transformers' modules
+                   (pipelines/bench_train.py); timed only after losses and gradients agreed
 ray                CapFilt on Ray and the same workers as plain processes, on the same shards; told only if
                    both wrote the same bytes
 capfilt            CapFilt in one process, and where its time goes
@@ -23,13 +25,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from timeit import timeit
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 import capfilt
@@ -41,12 +41,12 @@ from capfilt.filter import Filter
 from capfilt.job import RayConfig, Summary
 from capfilt.shards import batches, done_path, done_splits, open_split, plan_splits, scored_path, stats_path
 from capfilt.worker import CapFiltConfig, CapFiltWorker
+from pipelines.bench_sides import Result, draw_weights, in_turns, pictures, race
+from pipelines.bench_train import BenchTrainConfig, PlainBlip, measure_steps, training_model
 from pipelines.config import parse_args, run_main
 from pipelines.world import WorldConfig, write_world
 
-T = TypeVar("T")
-Work = Callable[[], object]
-Part = Literal["captions", "scores", "ray", "capfilt"]
+Part = Literal["captions", "scores", "train", "ray", "capfilt"]
 
 BERT_WORDS = 30522  # so that the output layer has its real size
 PROMPT = "a picture of "
@@ -64,6 +64,7 @@ class BenchRun:
     tokens: int = 20  # of every caption, the prompt's included
     seed: int = 0  # of the random weights, images and texts
     repeats: int = 3
+    train: BenchTrainConfig = field(default_factory=BenchTrainConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
     workers: int = 2  # of the part ray
 
@@ -71,28 +72,6 @@ class BenchRun:
         for name, least in {"batch": 2, "repeats": 1, "workers": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Result:
-    """The same work on one or two sides: seconds of every repeat, and what else is worth knowing."""
-
-    name: str
-    unit: str
-    amount: int  # of units in one repeat
-    seconds: Mapping[str, Sequence[float]]  # side -> repeats
-    more: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Side -> units a second, by the median."""
-        return {side: self.amount / statistics.median(each) for side, each in self.seconds.items()}
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times the first side is as fast as the second; None where there is one side only."""
-        rates = list(self.rates.values())
-        return rates[0] / rates[1] if len(rates) == 2 else None
 
 
 def main(argv: list[str]) -> int:
@@ -115,6 +94,8 @@ def measure(run: BenchRun) -> Iterator[Result]:
             yield from measure_captions(run, Path(folder, "captions"))
         if "scores" in run.parts:
             yield measure_scores(run, Path(folder, "scores"))
+        if "train" in run.parts:
+            yield measure_train(run, Path(folder, "train"))
         if "ray" in run.parts:
             yield measure_ray(run, Path(folder, "ray"))
         if "capfilt" in run.parts:
@@ -131,6 +112,7 @@ def machine() -> dict[str, str | int]:
         "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -143,15 +125,6 @@ def lines(result: Result) -> str:
     line += f"   {result.ratio:6.2f}x" if result.ratio is not None else ""
     more = ", ".join(f"{name} {value:.2f}" for name, value in result.more.items())
     return f"{line}\n{'':<28}({more})" if more else line
-
-
-def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """What each side returns, every time. The order turns round each time: warm caches favour no side."""
-    found: dict[str, list[T]] = {name: [] for name in sides}
-    for turn in range(repeats):
-        for name in list(sides)[:: -1 if turn % 2 else 1]:
-            found[name].append(sides[name]())
-    return found
 
 
 @dataclass(frozen=True)
@@ -176,37 +149,6 @@ def make_pair(run: BenchRun, folder: Path, their_class: Any, *, reads: bool, wri
     return Pair(ours, theirs, tokenizer, pictures(run.batch, config.vision.image_size, run.seed))
 
 
-def draw_weights(model: Blip, seed: int) -> Blip:
-    """So that image, position and every earlier word matter: a flat model would agree with anything.
-
-    Matrices of half the usual size and small biases leave a token something of itself behind 12 layers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
-            parameter.normal_(0, scale, generator=generator)
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.weight.add_(1)
-            if isinstance(module, nn.Embedding):
-                module.weight.mul_(16)
-    return model
-
-
-def pictures(count: int, size: int, seed: int) -> Tensor:
-    """[count, 3, size, size] of coarse patches and fine noise, each picture in a colour of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    colour, coarse, fine = (torch.randn(count, 3, side, side, generator=generator) for side in (1, 6, size))
-    return 2 * colour + F.interpolate(coarse, size=(size, size)) + 0.5 * fine
-
-
-def race(run: BenchRun, name: str, unit: str, amount: int, ours: Work, theirs: Work) -> Result:
-    """Both sides ran before, when their answers were compared, so nothing is warmed up here."""
-    sides = {"here": partial(timeit, ours, number=1), "transformers": partial(timeit, theirs, number=1)}
-    return Result(name, unit, amount, in_turns(sides, run.repeats))
-
-
 def measure_captions(run: BenchRun, folder: Path) -> Iterator[Result]:
     """Nucleus sampling and beam search as in CapFilt, but of exactly `tokens` tokens: no end comes before."""
     pair = make_pair(run, folder, BlipForConditionalGeneration, reads=False, writes=True)
@@ -218,7 +160,7 @@ def measure_captions(run: BenchRun, folder: Path) -> Iterator[Result]:
         check_captions(name, caption(pair, decoding), caption_there(pair, decoding))
     for name, decoding in ((f"nucleus {nucleus.top_p}", nucleus), (f"{beams.beams} beams", beams)):
         ours, theirs = partial(caption, pair, decoding), partial(caption_there, pair, decoding)
-        yield race(run, f"captions, {name}", "images", run.batch, ours, theirs)
+        yield race(f"captions, {name}", "images", run.batch, ours, theirs, run.repeats)
 
 
 @torch.inference_mode()
@@ -268,7 +210,7 @@ def measure_scores(run: BenchRun, folder: Path) -> Result:
     texts = [[" ".join(f"w{i}" for i in row[:length]) for length in TEXT_WORDS] for row in words]
     ours, theirs = partial(score, judge, pair, texts), partial(score_there, judge, pair, texts)
     check_scores(ours(), theirs())
-    return race(run, "scores, 2 texts an image", "texts", 2 * run.batch, ours, theirs)
+    return race("scores, 2 texts an image", "texts", 2 * run.batch, ours, theirs, run.repeats)
 
 
 @torch.inference_mode()
@@ -299,6 +241,18 @@ def check_scores(ours: Tensor, theirs: Tensor) -> None:
         )
     if float(ours.max() - ours.min()) < 100 * CLOSE:
         raise ValueError("all pairs have the same P(match), which proves little; try another seed")
+
+
+def measure_train(run: BenchRun, folder: Path) -> Result:
+    """The two stacks of transformers hold copies of the weights that a MED shares: it cannot share them."""
+    ours = training_model(run.train.model, run.seed)
+    export_hf(ours, folder)
+    theirs = PlainBlip(
+        ours.config,
+        BlipForImageTextRetrieval.from_pretrained(folder / "retrieval", local_files_only=True),
+        BlipForConditionalGeneration.from_pretrained(folder / "captioner", local_files_only=True),
+    )
+    return measure_steps(run.train, ours, theirs, run.seed, run.repeats)
 
 
 @dataclass(frozen=True)

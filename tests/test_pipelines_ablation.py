@@ -1,4 +1,4 @@
-"""The plan of the ablation: arms differ in their texts alone; its table against numbers worked out by hand."""
+"""The plan of the ablation: arms differ in their texts alone. Its table, against numbers found by hand."""
 
 import json
 from dataclasses import replace
