@@ -74,9 +74,7 @@ vqa: $(READY)  ## fine-tune for visual question answering; tiny, unless CONFIG i
 
 tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
 	$(RUN) pipelines.world configs/tiny/world.yaml
-	$(RUN) pipelines.world configs/tiny/world_short.yaml
 	$(RUN) pipelines.train_blip configs/tiny/pretrain.yaml
-	$(RUN) pipelines.train_blip configs/tiny/captioner_short.yaml
 	$(RUN) pipelines.train_blip configs/tiny/captioner.yaml
 	$(RUN) pipelines.train_blip configs/tiny/filter.yaml
 	$(RUN) pipelines.publish configs/tiny/publish.yaml

@@ -11,9 +11,8 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from blip.tokenizer import write_vocabulary
 from capfilt.schema import CLEAN
 from pipelines import world_text
 from pipelines.config import parse_args, run_main
-from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Palette, Scene, SceneObject, Style
+from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Palette, Scene, SceneObject
 
 log = logging.getLogger(__name__)
 SPLITS = ("noisy", "clean", "test")
@@ -82,7 +81,7 @@ class WorldConfig:
     shapes: int = 6
     textures: int = 3
     captions_per_image: int = 3
-    style: Style = field(default_factory=Style)  # of clean and test captions
+    directions: float = world_text.DIRECTION_SHARE  # stated by clean and test captions, where clear
     jpeg_quality: int = 90
     right: float = 0.5
     partly: float = 0.10
@@ -103,14 +102,15 @@ class WorldConfig:
             "textures": (1, len(TEXTURES)),
             "captions_per_image": (1, 20),
             "jpeg_quality": (1, 100),
-            **dict.fromkeys((*KINDS, "style.directions"), (0, 1)),
+            **dict.fromkeys((*KINDS, "directions"), (0, 1)),
         }
         for name, (low, high) in ranges.items():
-            value = attrgetter(name)(self)
+            value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"world.{name} is {value}; it must lie between {low} and {high}")
-        if not math.isclose(sum(self.shares().values()), 1.0, abs_tol=1e-6):
-            raise ValueError(f"the world's shares are {self.shares()}; they must sum to 1")
+        total = sum(self.shares().values())
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"the world's shares {self.shares()} sum to {total:g}; they must sum to 1")
 
     def shares(self) -> dict[str, float]:
         """Kind of web caption -> its share."""
@@ -279,7 +279,7 @@ def make_row(config: WorldConfig, split: str, index: int) -> Row:
         texts = [web_caption(kind, scene, config, text_rng)]
     else:
         kind = None
-        texts = world_text.captions(scene, text_rng, config.captions_per_image, config.style)
+        texts = world_text.captions(scene, text_rng, config.captions_per_image, config.directions)
     shard, row = divmod(index, config.shard_rows)
     jpeg = draw_jpeg(scene, picture_rng, config.side, config.jpeg_quality)
     return Row(f"{split}{shard:05d}{row:04d}", scene, jpeg, tuple(texts), kind)

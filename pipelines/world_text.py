@@ -22,7 +22,8 @@ TONES = ("dark", "light")
 SIZE_WORDS = {"large": ("large", "big"), "small": ("small", "little")}
 NUMBERS = {"two": 2, "three": 3}
 
-PHRASES = {  # of a direction
+# Direction -> the phrases that state it.
+PHRASES = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
     "above": ("above", "over"),
@@ -46,16 +47,18 @@ JUDGE_MARGIN = 0.05  # a relation holds from this difference on
 CLEAR_DISTANCE = 0.2  # people only state a relation from this difference on ...
 CLEAR_RATIO = 1.5  # ... and when it beats the other axis by this factor
 MENTION_SHARE = 0.35  # how often a size, and how often a texture, is mentioned
+DIRECTION_SHARE = 0.6  # how often a direction is stated where it is clear
 
 # "#" stands for one to four digits, written apart so that ten words cover all numbers.
 JUNK = re.split(
     r" \| ",
-    "img # jpg | image # png | dsc # jpg | photo # of # | page # of # | untitled document # | item number # "
-    "| untitled # | click here to enlarge | click to view image # | click here to download | home page logo "
-    "| buy cheap shapes online free shipping | free shipping on all items | sale # off all items | buy now "
-    "for # dollars | download free clip art | free stock photo # download | logo png | add to cart | "
-    "copyright # all rights reserved | view all # photos | sign up for our news today | posted by user # | "
-    "no image available | loading please wait | share this on our page | best price online # dollars",
+    "img # jpg | image # png | dsc # jpg | photo # of # | page # of # | untitled document # | "
+    "item number # | untitled # | click here to enlarge | click to view image # | click here to download "
+    "| home page logo | buy cheap shapes online free shipping | free shipping on all items | sale # off "
+    "all items | buy now for # dollars | download free clip art | free stock photo # download | logo png "
+    "| add to cart | copyright # all rights reserved | view all # photos | sign up for our news today | "
+    "posted by user # | no image available | loading please wait | share this on our page | "
+    "best price online # dollars",
 )
 
 
@@ -87,14 +90,6 @@ class Palette:
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
     textures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Style:
-    """How people write."""
-
-    directions: float = 0.6  # stated, of those that are clear
-    details: bool = True  # openings, sizes, textures, tones; without: "a red ring above a blue star"
 
 
 @dataclass(frozen=True)
@@ -266,11 +261,11 @@ def _mention(thing: SceneObject, definite: bool, rng: Generator) -> Mention:
     return Mention(thing.shape, thing.colour, size, texture, definite)
 
 
-def _links(named: Sequence[SceneObject], rng: Generator, style: Style) -> tuple[str, ...]:
+def _links(named: Sequence[SceneObject], rng: Generator, directions: float) -> tuple[str, ...]:
     if len(named) > 2:
         return ("",) * (len(named) - 2) + ("and",)
     direction = clear_direction(*named)
-    if direction is None or rng.random() < 1 - style.directions:
+    if direction is None or rng.random() < 1 - directions:
         return (_pick(("and", *BESIDE), rng),)
     return (_pick(PHRASES[direction], rng),)
 
@@ -285,13 +280,11 @@ def _opening(named: int, links: tuple[str, ...], scene: Scene, rng: Generator) -
     return _pick(SIMPLE_OPENINGS, rng)
 
 
-def compose(scene: Scene, rng: Generator, style: Style = Style()) -> Sentence:
+def compose(scene: Scene, rng: Generator, directions: float = DIRECTION_SHARE) -> Sentence:
     """One true sentence naming two objects of the scene, or three where it has more than two."""
     count = 2 if len(scene.objects) == 2 else int(rng.integers(2, 4))
     named = [scene.objects[i] for i in rng.permutation(len(scene.objects))[:count]]
-    links = _links(named, rng, style)
-    if not style.details:
-        return Sentence("", tuple(Mention(thing.shape, thing.colour) for thing in named), links, "")
+    links = _links(named, rng, directions)
     opening = _opening(count, links, scene, rng)
     # "the red star is below the green ring": only for links that can follow a verb.
     definite = opening == "" and links[0] in PAIR_LINKS - {"and"} and rng.random() < 0.5
@@ -304,9 +297,9 @@ def compose(scene: Scene, rng: Generator, style: Style = Style()) -> Sentence:
     )
 
 
-def captions(scene: Scene, rng: Generator, n: int, style: Style = Style()) -> list[str]:
+def captions(scene: Scene, rng: Generator, n: int, directions: float = DIRECTION_SHARE) -> list[str]:
     """`n` captions as people would write them, each true of the scene."""
-    return [render(compose(scene, rng, style)) for _ in range(n)]
+    return [render(compose(scene, rng, directions)) for _ in range(n)]
 
 
 def junk(rng: Generator) -> str:
