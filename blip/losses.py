@@ -61,3 +61,12 @@ def itm_loss(matched: Tensor, unmatched: Tensor) -> Tensor:
 def lm_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
     """Mean cross-entropy of the next word over the tokens that count. logits [M, V], targets [M]."""
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def weighted_lm_loss(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Sum of the cross-entropies of the next words, each times its weight.
+
+    logits [M, V], targets and weights [M]. Of VQA: salesforce/BLIP models/blip_vqa.py.
+    """
+    each = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")  # [M]
+    return (weights * each).sum()

@@ -51,11 +51,18 @@ class MEDBlock(nn.Module):
         self.mlp = MLP(width, config.hidden, dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor, image: KV | None, causal: bool, past: KV | None = None
+        self,
+        x: Tensor,
+        mask: Tensor,
+        image: KV | None,
+        causal: bool,
+        past: KV | None = None,
+        image_mask: Tensor | None = None,
     ) -> tuple[Tensor, KV]:
         """`x` [R, T, D], `image` [B, H, N, C] each -> new x, keys and values of past and new positions.
 
-        `mask` is boolean, True where attending is allowed, [R or 1, 1, T or 1, S].
+        Masks are boolean, True where attending is allowed: `mask` [R or 1, 1, T or 1, S], `image_mask`
+        [B, 1, 1, N], None where all of the image may be seen.
         """
         attend = self.write if causal else self.read
         if attend is None:
@@ -64,7 +71,7 @@ class MEDBlock(nn.Module):
         x = attend(x, kv, mask)
         if image is not None:
             assert self.look is not None, "an image was given to a text encoder without cross-attention"
-            x = self.look(x, image)
+            x = self.look(x, image, image_mask)
         return self.mlp(x), kv
 
 
@@ -128,20 +135,28 @@ class MED(nn.Module):
         return self._read(ids, mask, image)
 
     def write(
-        self, ids: Tensor, image: list[KV], mask: Tensor | None = None, past: list[KV] | None = None
+        self,
+        ids: Tensor,
+        image: list[KV],
+        mask: Tensor | None = None,
+        past: list[KV] | None = None,
+        image_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KV]]:
         """Causal text that looks at its image. ids [R, T] after `past` -> states [R, T, D], new past.
 
-        `mask` [R, S] covers past and new positions; None where nothing is padded.
+        `mask` [R, S] covers past and new positions, `image_mask` [B, N] what is looked at, 1 = may be seen;
+        None where nothing is padded. No image is, but a question that an answer looks at.
         """
         seen = past[0][0].size(2) if past else 0
         x = self.embeddings(ids, first=seen)
         allowed = causal_mask(ids.size(1), seen + ids.size(1), ids.device)[None, None]  # [1, 1, T, S]
         if mask is not None:
             allowed = allowed & padding_mask(mask)
+        visible = None if image_mask is None else padding_mask(image_mask)
         new = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, allowed, image[i], causal=True, past=past[i] if past else None)
+            before = past[i] if past else None
+            x, kv = block(x, allowed, image[i], causal=True, past=before, image_mask=visible)
             new.append(kv)
         return x, new
 

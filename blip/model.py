@@ -120,7 +120,7 @@ class Blip(nn.Module):
 
     def match_projected(self, ids: Tensor, mask: Tensor, image: list[KV]) -> Tensor:
         """`match` on keys and values that were projected before, by `med.project_image`."""
-        states = self.med.match(_begin(ids, self.config.enc_id), mask, image)
+        states = self.med.match(begin(ids, self.config.enc_id), mask, image)
         return at_least_fp32(self._head("itm")(states[:, 0]))
 
     @torch.no_grad()
@@ -243,7 +243,7 @@ class Blip(nn.Module):
 
     def lm_loss(self, batch: Batch, image: list[KV]) -> tuple[Tensor, int]:
         """LM of the texts on projected images [B], in nats a word, labels smoothed; and how many words."""
-        ids = _begin(batch.ids, self.config.dec_id)
+        ids = begin(batch.ids, self.config.dec_id)
         states, _ = self.med.write(ids[:, :-1], image)  # pads come last: causality already hides them
         targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]
         counts = targets != IGNORED
@@ -265,7 +265,7 @@ def lm_targets(ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:
     return targets
 
 
-def _begin(ids: Tensor, first: int) -> Tensor:
+def begin(ids: Tensor, first: int) -> Tensor:
     """The same texts with another first token."""
     ids = ids.clone()
     ids[:, 0] = first

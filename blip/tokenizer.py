@@ -26,6 +26,15 @@ def clean_caption(text: str, max_words: int = 30) -> str:
     return " ".join(words[:max_words])
 
 
+def clean_question(text: str, max_words: int = 50) -> str:
+    """As `clean_caption`, for questions: what is dropped leaves no space ("U.S." is "us"), "?" stays.
+
+    From `pre_question` in salesforce/BLIP data/utils.py.
+    """
+    words = _DROP.sub("", text.lower()).split()
+    return " ".join(words[:max_words])
+
+
 class Tokenizer:
     """Captions <-> ids. Every text starts with [CLS]; the MED swaps that first id for [ENC] or [DEC].
 

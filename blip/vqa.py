@@ -1,25 +1,48 @@
 """BLIP for visual question answering (BLIP section 5.3): a reader of the question, a writer of the answer.
 
 The reader is a MED that looks at the image, the writer a MED that looks at what was read. Nothing is shared.
-Shapes: B questions, T positions of the longest question, D width.
+The writer sees no padding of a question, in training and in answering. (In salesforce/BLIP and transformers
+it does when it answers, so that there an answer depends on the longest question of the batch.)
+
+Shapes: B questions, T positions of the longest one, A answers in training (one or more to a question),
+U positions of the longest answer, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from blip.checkpoint import save_model
+from blip.distributed import share
 from blip.generate import Decoding, generate
-from blip.med import MED
-from blip.model import BlipConfig
-from blip.tokenizer import Tokenizer
+from blip.layers import KV
+from blip.losses import weighted_lm_loss
+from blip.med import MED, MEDConfig
+from blip.model import IGNORED, BlipConfig, begin, lm_targets
+from blip.tokenizer import Tokenizer, clean_question
 from blip.vision import VisionEncoder
 
 MAX_QUESTION = 35  # tokens; salesforce/BLIP models/blip_vqa.py
 ANSWER = Decoding(beams=3, min_length=1, max_length=10)  # as there
+
+
+@dataclass(frozen=True)
+class VqaBatch:
+    """What a training step sees: questions about images, and their answers. All texts start with [CLS]."""
+
+    pixels: Tensor  # [B, 3, S, S]
+    ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T], 1 = a real token
+    answer_ids: Tensor  # [A, U]
+    answer_mask: Tensor  # [A, U]
+    weights: Tensor  # [A] float, how much each answer counts
+    owner: Tensor  # [A] int64, the question that each answer belongs to
+
+    def to(self, device: torch.device) -> "VqaBatch":
+        return VqaBatch(*(field.to(device, non_blocking=True) for field in vars(self).values()))
 
 
 class BlipVQA(nn.Module):
@@ -34,8 +57,8 @@ class BlipVQA(nn.Module):
 
     def read(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """States [B, T, D] of questions, ids and mask [B, T], that start with [CLS], about B images."""
-        ids = torch.cat([torch.full_like(ids[:, :1], self.config.enc_id), ids[:, 1:]], 1)
-        return self.reader.match(ids, mask, self.reader.project_image(self.vision(pixels)))
+        image = self.reader.project_image(self.vision(pixels))
+        return self.reader.match(begin(ids, self.config.enc_id), mask, image)
 
     @torch.no_grad()
     def answer(
@@ -47,25 +70,62 @@ class BlipVQA(nn.Module):
     ) -> list[str]:
         """One answer per question. `pixels` [B, 3, S, S]; `seeds`, one per question, are for nucleus.
 
-        The writer never sees padding (in salesforce/BLIP and transformers it does, so that there an answer
-        depends on the longest question of the batch): questions of the same length are answered together.
+        An answer depends on its question, its image and its seed, never on the rest of the batch (up to
+        rounding). Questions are cleaned up as in training.
         """
         if self.tokenizer is None:
             raise ValueError("answers need a tokenizer: BlipVQA(config, tokenizer) or load_vqa(folder)")
-        ids, mask = (x.to(pixels.device) for x in self.tokenizer(questions, MAX_QUESTION))
-        states, lengths = self.read(pixels, ids, mask), mask.sum(1)  # [B, T, D], [B]
+        cleaned = [clean_question(question) for question in questions]
+        ids, mask = (x.to(pixels.device) for x in self.tokenizer(cleaned, MAX_QUESTION))
+        memory = self.writer.project_image(self.read(pixels, ids, mask))
         start = torch.tensor([self.config.dec_id], device=pixels.device)
-        answers = [""] * len(questions)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            memory = self.writer.project_image(states[rows, :length])
-            places = rows.tolist()
-            chosen = None if seeds is None else [seeds[place] for place in places]
-            found = generate(self.writer, memory, start, self.tokenizer.sep, decoding, chosen)
-            for place, text in zip(places, self.tokenizer.decode(found[:, 1:]), strict=True):
-                answers[place] = text
-        return answers
+        masked = [*memory, (mask, mask)]
+        found = generate(_MaskedWriter(self.writer), masked, start, self.tokenizer.sep, decoding, seeds)
+        return self.tokenizer.decode(found[:, 1:])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `load_vqa` loads."""
         save_model(self, folder)
+
+    # Training
+
+    def forward(self, batch: VqaBatch) -> dict[str, Tensor]:
+        """{"lm"}: the cross-entropy of each answer's words, labels smoothed, summed over its words, times its
+        weight, summed over the answers, by the number of questions (salesforce/BLIP models/blip_vqa.py).
+        """
+        memory = self.writer.project_image(self.read(batch.pixels, batch.ids, batch.mask))
+        of_each = [(keys[batch.owner], values[batch.owner]) for keys, values in memory]  # [A, H, T, C]
+        ids = begin(batch.answer_ids, self.config.dec_id)
+        states, _ = self.writer.write(ids[:, :-1], of_each, image_mask=batch.mask[batch.owner])
+        targets = lm_targets(ids, batch.answer_mask, prompt_length=0)  # [A, U - 1]
+        counts = targets != IGNORED
+        weights = batch.weights[:, None].expand_as(targets)[counts]  # [M], of the M words that count
+        logits = self.writer.logits(states[counts])  # [M, V]
+        total = weighted_lm_loss(logits, targets[counts], weights, self.config.label_smoothing)
+        return {"lm": total / len(batch.ids) * share(len(batch.ids), total.device)}
+
+    def after_step(self) -> None:
+        """Called by the trainer after each optimiser step; there is nothing to clamp and no teacher."""
+
+
+class _MaskedWriter:
+    """The writer for `generate`; its memory ends with one more pair, twice the mask [B, T] of the questions.
+
+    So the mask goes with keys and values when finished questions leave the batch.
+    """
+
+    def __init__(self, writer: MED):
+        self.writer = writer
+
+    @property
+    def config(self) -> MEDConfig:
+        return self.writer.config
+
+    def write(
+        self, ids: Tensor, image: list[KV], mask: Tensor | None = None, past: list[KV] | None = None
+    ) -> tuple[Tensor, list[KV]]:
+        *memory, (image_mask, _) = image
+        return self.writer.write(ids, memory, mask, past, image_mask)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.writer.logits(x)

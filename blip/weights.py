@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip.checkpoint import (
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from blip.checkpoint import (
     read_json,
     read_tokenizer,
 )
+from blip.layers import bert_init
 from blip.med import MEDConfig
 from blip.model import SIZES, Blip, BlipConfig
 from blip.tokenizer import Tokenizer
@@ -78,6 +79,45 @@ def load_vqa(
     path, config, tensors = _find(source, BlipVQA)
     config = replace(config, vision=replace(config.vision, **_given(image_size=image_size)))
     return _build(BlipVQA, path, config, tensors, tokenizer)
+
+
+def start_vqa(
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> BlipVQA:
+    """A BlipVQA to be fine-tuned, made of the pretrained MED of `source`; arguments as for `load_blip`.
+
+    Its reader is the MED's encoder, its writer the decoder; what these share is there twice from now on.
+    The writer looks at the reader's states and not at image tokens. Where the two have different widths, as
+    in BLIP's large, the keys and values it looks by (their matrices, not their biases) do not fit and are
+    drawn anew, as salesforce/BLIP does.
+    """
+    path, config, tensors = _find(source, Blip)
+    for part in ("reads", "writes"):
+        if not getattr(config.text, part):
+            raise ValueError(
+                f"{source} has no part that {part}; VQA starts from a pretrained MED, which has both"
+            )
+    vision = replace(config.vision, **_given(image_size=image_size, drop_path=drop_path))
+    config = replace(config, vision=vision, text=replace(config.text, **_given(dropout=dropout)))
+    wanted = _skeleton(BlipVQA, config)
+    # Copies, or what reader and writer take from the same weight would stay one weight.
+    started = {name: tensors[re.sub(r"^(reader|writer)\.", "med.", name)].clone() for name in wanted}
+    if config.vision.width != config.text.width:
+        drawn = [name for name in wanted if re.fullmatch(r"writer\..*\.look\.(key|value)\.weight", name)]
+        started |= {name: _drawn(config.text.width) for name in drawn}
+    return _build(BlipVQA, path, config, started, tokenizer)
+
+
+def _drawn(width: int) -> Tensor:
+    """[D, D], as a new model has it."""
+    layer = nn.Linear(width, width)
+    bert_init(layer, width)
+    return layer.weight.detach()
 
 
 def init_vision(model: Blip, source: str | Path) -> None:

@@ -1,9 +1,10 @@
-"""Annotations of others -> (key, image path, captions): one generator per format. None opens an image.
+"""Annotations of others -> (key, image path, texts): one generator per format. None opens an image.
 
 A format's dataclass is its section in a config file, its reader stands below it. Every reader gives one
-`Annotation` per image, with all its captions, in the order of the file. What does not have the form that it
-must have is a ValueError that names the file, the record and what was found; what is merely unusable (an
-empty caption, an id twice, a path that leads nowhere) is passed on, for `pipelines.ingest` to drop and count.
+`Annotation` per image, with all its captions or questions, in the order of the file. What does not have the
+form that it must have is a ValueError that names the file, the record and what was found; what is merely
+unusable (an empty caption, an id twice, a path that leads nowhere) is passed on, for
+`pipelines.image_shards` to drop and count.
 """
 
 import csv
@@ -15,22 +16,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from capfilt.schema import short_reason
+from pipelines.questions import Answer, Question, weighed
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+VG_WEIGHT = 0.2  # of an answer of Visual Genome beside VQA's (salesforce/BLIP data/vqa_dataset.py)
 # COCO's number in LAVIS' image ids and in the names of the files of 2014.
 COCO_NUMBER = re.compile(r"(?:coco_|COCO_(?:train|val|test)\d{4}_0*)(\d+)")
 
 
 @dataclass(frozen=True)
-class Annotation:
+class Annotation(Generic[T]):
     """An image and what people wrote about it. `image` is a path below the folder of the images."""
 
     key: str
     image: str
-    captions: tuple[str, ...]
+    texts: tuple[T, ...]  # captions, or questions
 
 
 # ---- Karpathy's splits ---------------------------------------------------------------------------
@@ -48,7 +53,7 @@ class Karpathy:
             raise ValueError("splits is empty; name some of train, restval, val, test")
 
 
-def read_karpathy(file: str, splits: Sequence[str]) -> Iterator[Annotation]:
+def read_karpathy(file: str, splits: Sequence[str]) -> Iterator[Annotation[str]]:
     """{"images": [{"split", "filename"[, "filepath"][, "cocoid"], "sentences": [{"raw"}]}]}.
 
     The key is COCO's id where there is one, else the file's name without suffix: `imgid` is but its place in
@@ -87,7 +92,7 @@ class BlipList:
     file: str
 
 
-def read_blip_list(file: str) -> Iterator[Annotation]:
+def read_blip_list(file: str) -> Iterator[Annotation[str]]:
     """[{"image", "caption"[, "image_id"]}], with one caption a record (train) or a list of them (val, test).
 
     The key is the image id, COCO's own number in place of LAVIS' "coco_<number>"; without an id it comes from
@@ -107,9 +112,13 @@ def _pairs_of_list(tree: Any, name: str) -> Iterator[tuple[str, str, list[str]]]
             captions = [captions]
         texts = [_typed(text, f"{where} caption[{i}]", str) for i, text in enumerate(captions)]
         given = str(_get(record, "image_id", where, int, str)) if "image_id" in record else None
-        key = given or PurePosixPath(image).stem
-        number = COCO_NUMBER.fullmatch(key)
-        yield number[1] if number else key, image, texts
+        yield _key_of(given or PurePosixPath(image).stem), image, texts
+
+
+def _key_of(name: str) -> str:
+    """COCO's own number in place of its longer names, else the name itself."""
+    number = COCO_NUMBER.fullmatch(name)
+    return number[1] if number else name
 
 
 # ---- COCO and NoCaps -----------------------------------------------------------------------------
@@ -122,7 +131,7 @@ class Coco:
     file: str
 
 
-def read_coco(file: str) -> Iterator[Annotation]:
+def read_coco(file: str) -> Iterator[Annotation[str]]:
     """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}; the key is the id.
 
     Without "annotations", as in the files of test images, no image has captions. Captions of an id that is
@@ -142,6 +151,98 @@ def read_coco(file: str) -> Iterator[Annotation]:
         yield Annotation(key, "", tuple(texts))
 
 
+# ---- questions and answers -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vqa:
+    """v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json; OK-VQA's alike."""
+
+    questions: str
+    annotations: str | None = None  # null: the questions have no answers, as those of a test set
+
+
+def read_vqa(vqa: Vqa) -> Iterator[Annotation[Question]]:
+    """{"data_subtype", "questions": [{"question_id", "image_id", "question"}]} and
+    {"annotations": [{"question_id", "answers": [{"answer"}]}]}.
+
+    An answer weighs the share of the people who gave it, a tenth each in VQAv2. The key is the image id, the
+    image COCO's file of this number: "train2014/COCO_train2014_000000000009.jpg" where the subtype is
+    "train2014"; "test-dev2015" are images of "test2015". Errors: ValueError, also for a question without its
+    annotation and an annotation without its question: these are not two files of one set.
+    """
+    answers = None if vqa.annotations is None else _answers_of_people(vqa.annotations)
+    yield from _grouped(_pairs_of_vqa(vqa, answers))
+    if answers:
+        raise ValueError(
+            f"{vqa.annotations}: question_id {next(iter(answers))} and {len(answers) - 1} more are not among "
+            f"the questions of {vqa.questions}; give both files of the same set"
+        )
+
+
+def _pairs_of_vqa(
+    vqa: Vqa, answers: dict[str, tuple[Answer, ...]] | None
+) -> Iterator[tuple[str, str, list[Question]]]:
+    """Takes the answers of each question out of `answers`."""
+    tree = _read_json(vqa.questions)
+    subtype = _get(tree, "data_subtype", f"{vqa.questions}:", str).replace("-dev", "")
+    questions = _get(tree, "questions", f"{vqa.questions}:", list)
+    for where, record in _records(questions, f"{vqa.questions}: questions"):
+        number, text = _get(record, "image_id", where, int), _get(record, "question", where, str)
+        name = str(_get(record, "question_id", where, int, str))
+        if answers is not None and name not in answers:
+            raise ValueError(
+                f"{where} question_id {name} has no annotation in {vqa.annotations} (or comes twice); give "
+                "both files of the same set"
+            )
+        given = () if answers is None else answers.pop(name)
+        image = f"{subtype}/COCO_{subtype}_{number:012d}.jpg"
+        yield str(number), image, [Question(name, text, given)]
+
+
+def _answers_of_people(file: str) -> dict[str, tuple[Answer, ...]]:
+    found = {}
+    annotations = _get(_read_json(file), "annotations", f"{file}:", list)
+    for where, record in _records(annotations, f"{file}: annotations"):
+        people = _records(_get(record, "answers", where, list), f"{where} answers")
+        texts = [_get(answer, "answer", place, str) for place, answer in people]
+        found[str(_get(record, "question_id", where, int, str))] = weighed(texts)
+    return found
+
+
+@dataclass(frozen=True)
+class VqaList:
+    """BLIP's vqa_train.json, vqa_val.json, vqa_test.json, vg_qa.json; lists of LAVIS in this form (GQA)."""
+
+    file: str
+
+
+def read_vqa_list(file: str) -> Iterator[Annotation[Question]]:
+    """[{"image", "question", "question_id"[, "answer"][, "dataset"]}] with one answer, or a list of people's.
+
+    One of a list weighs as in `read_vqa`; a single one 1, but VG_WEIGHT where the dataset is "vg". The key is
+    that of the file's name, as in `read_blip_list`.
+    """
+    tree = _read_json(file)
+    if isinstance(tree, dict):
+        raise ValueError(f"{file}: is no list; if it has 'questions', name it vqa.questions")
+    yield from _grouped(_pairs_of_vqa_list(tree, f"{file}: record"))
+
+
+def _pairs_of_vqa_list(tree: Any, name: str) -> Iterator[tuple[str, str, list[Question]]]:
+    for where, record in _records(tree, name):
+        image, text = _get(record, "image", where, str), _get(record, "question", where, str)
+        given = _get(record, "answer", where, str, list) if "answer" in record else []
+        if isinstance(given, str):
+            answers: tuple[Answer, ...] = (
+                Answer(given, VG_WEIGHT if record.get("dataset") == "vg" else 1.0),
+            )
+        else:
+            answers = weighed([_typed(one, f"{where} answer[{i}]", str) for i, one in enumerate(given)])
+        question = Question(str(_get(record, "question_id", where, int, str)), text, answers)
+        yield _key_of(PurePosixPath(image).stem), image, [question]
+
+
 # ---- tables and folders --------------------------------------------------------------------------
 
 
@@ -156,7 +257,7 @@ class Table:
     quotes: bool = True  # false: a quotation mark is a character like any other
 
 
-def read_table(table: Table) -> Iterator[Annotation]:
+def read_table(table: Table) -> Iterator[Annotation[str]]:
     """The lines of an image need not be neighbours. Fields are parted by tabs if the header has one."""
     try:
         with open(table.file, newline="", encoding="utf-8-sig") as lines:
@@ -191,7 +292,7 @@ def _pairs_of_table(table: Table, lines: Iterator[str]) -> Iterator[tuple[str, s
         raise ValueError(f"{table.file}: line {rows.reader.line_num}: {error}; {advice}") from error
 
 
-def read_folder(root: Path) -> Iterator[Annotation]:
+def read_folder(root: Path) -> Iterator[Annotation[str]]:
     """Every image below `root`; its captions are the lines of the .txt of the same name beside it, if any.
 
     The key is the path without suffix. Names that start with a '.' are left out, and no link to a folder is
@@ -228,13 +329,13 @@ def below(root: Path, name: str) -> Path | None:
 # ---- what the readers share ----------------------------------------------------------------------
 
 
-def _grouped(pairs: Iterable[tuple[str, str, list[str]]]) -> Iterator[Annotation]:
-    """(key, image, some of its captions) in any order -> one annotation per key and image."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for key, image, captions in pairs:
-        found.setdefault((key, image), []).extend(captions)
-    for (key, image), captions in found.items():
-        yield Annotation(key, image, tuple(captions))
+def _grouped(pairs: Iterable[tuple[str, str, list[T]]]) -> Iterator[Annotation[T]]:
+    """(key, image, some of its texts) in any order -> one annotation per key and image."""
+    found: dict[tuple[str, str], list[T]] = {}
+    for key, image, texts in pairs:
+        found.setdefault((key, image), []).extend(texts)
+    for (key, image), texts in found.items():
+        yield Annotation(key, image, tuple(texts))
 
 
 def _read_json(file: str) -> Any:

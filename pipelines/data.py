@@ -13,10 +13,12 @@ import hashlib
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.types as kind
@@ -33,6 +35,7 @@ from capfilt.tar import TarPart, index_tar, read_part
 from pipelines.contrasts import Contrasts, check, contrast
 from pipelines.order import Order, Place, batches, mixed_batches
 
+T = TypeVar("T")
 Row = tuple[bytes | None, list[str]]  # image, texts
 
 
@@ -147,6 +150,23 @@ def is_clean(schema: pa.Schema) -> bool:
     )
 
 
+@dataclass
+class Recent(Generic[T]):
+    """The rows of the groups that were asked for last, of at most `size` groups."""
+
+    size: int
+    groups: OrderedDict[int, list[T]] = field(default_factory=OrderedDict)
+
+    def rows(self, number: int, read: Callable[[], list[T]]) -> list[T]:
+        """The rows of group `number`, which `read` fetches where they are not here."""
+        if number not in self.groups:
+            if len(self.groups) >= self.size:
+                self.groups.popitem(last=False)
+            self.groups[number] = read()
+        self.groups.move_to_end(number)
+        return self.groups[number]
+
+
 class ShardRows(Dataset[Batch]):
     """A list of places -> a `Batch`: read, decode, augment, tokenise. Runs in the data workers."""
 
@@ -155,9 +175,9 @@ class ShardRows(Dataset[Batch]):
     ):
         self.config, self.tokenizer, self.image_size, self.seed = config, tokenizer, image_size, seed
         self.groups = [(group, corpus) for corpus, groups in enumerate(corpora) for group in groups]
-        # Group -> rows, at most a window of them. One for each corpus, or the groups that a large one has
-        # done with would push out those that a small one still reads.
-        self.caches: list[OrderedDict[int, list[Row]]] = [OrderedDict() for _ in corpora]
+        # One for each corpus, or the groups that a large one has done with would push out those that a small
+        # one still reads.
+        self.recent: list[Recent[Row]] = [Recent(config.window) for _ in corpora]
 
     def __getitem__(self, places: list[Place]) -> Batch:
         found = [example for place in places if (example := self._example(place))]
@@ -201,13 +221,7 @@ class ShardRows(Dataset[Batch]):
 
     def _rows(self, number: int) -> list[Row]:
         group, corpus = self.groups[number]
-        cache = self.caches[corpus]
-        if number not in cache:
-            if len(cache) >= self.config.window:
-                cache.popitem(last=False)
-            cache[number] = read_group(group, self.config.columns)
-        cache.move_to_end(number)
-        return cache[number]
+        return self.recent[corpus].rows(number, partial(read_group, group, self.config.columns))
 
 
 def _draw(texts: list[str], count: int, rng: random.Random) -> list[str]:
@@ -267,23 +281,32 @@ def training_batches(
     epoch are then the sum of the rows of all entries, after which a heavy one has come more than once and a
     light one only in part.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}; of {world} processes it must be from 0 to {world - 1}")
     entries = [config.shards] if config.weights is None else [(entry,) for entry in config.shards]
     corpora = [find_groups(entry, config.columns) for entry in entries]
     places = _places(config, corpora, config.batch_size * world, seed, first)
+    rows = ShardRows(config, corpora, tokenizer, image_size, seed)
+    stream = load(rows, places, config.workers, rank, world)
+    return stream, sum(group.rows for groups in corpora for group in groups)
+
+
+def load(
+    dataset: Dataset[T], places: Iterator[list[Place]], workers: int, rank: int, world: int
+) -> Iterator[T]:
+    """The batches of `dataset` at `places`, of which this process takes every `world`-th; in their order."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; of {world} processes it must be from 0 to {world - 1}")
     loader = DataLoader(
-        ShardRows(config, corpora, tokenizer, image_size, seed),
+        dataset,
         sampler=(batch[rank::world] for batch in places),
         batch_size=None,
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
         # fork would copy torch's threads; workers of a forkserver outlive a killed run.
-        multiprocessing_context="spawn" if config.workers else None,
+        multiprocessing_context="spawn" if workers else None,
         # By default a loader draws from torch's global numbers, and a resumed run would go on with others.
         generator=torch.Generator(),
     )
-    return iter(loader), sum(group.rows for groups in corpora for group in groups)
+    return iter(loader)
 
 
 def _places(

@@ -7,16 +7,16 @@ bit on a CPU. Several processes run this same loop; the first of them keeps the 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from blip.checkpoint import load_state, save_state
 from blip.distributed import rank, world_size
-from blip.model import Batch
 from pipelines.alarms import Alarms
 from pipelines.log import RunLog
 from pipelines.optim import OptimConfig, lr_at
@@ -33,6 +33,19 @@ from pipelines.parallel import (
     wait_for_all,
     without_sync,
 )
+
+
+class Batch(Protocol):
+    """What the loop must know of a batch; the rest is between the data and the model."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """[B, 3, S, S]"""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, dev
 
 def train(
     model: nn.Module,
-    batches: Iterator[Batch],
+    batches: Iterator[B],
     optimizer: torch.optim.Optimizer,
     optim: OptimConfig,
     config: TrainConfig,
@@ -107,7 +120,7 @@ def train(
     folder: Path,
     first_step: int,
     steps_per_epoch: int,
-    inspect: Callable[[Batch], dict[str, float]] | None = None,
+    inspect: Callable[[B], dict[str, float]] | None = None,
 ) -> None:
     """Train from `first_step` to `config.steps`; `batches` must begin at `first_step * config.accumulate`.
 
@@ -149,7 +162,7 @@ def train(
 
 
 def _backward(
-    model: nn.Module, micro: list[Batch], config: TrainConfig, device: torch.device
+    model: nn.Module, micro: Sequence[Batch], config: TrainConfig, device: torch.device
 ) -> dict[str, Tensor]:
     """Gradients of the mean over micro-batches and processes; that of each named loss, on the device."""
     total = torch.zeros((), device=device)

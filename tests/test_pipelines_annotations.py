@@ -115,7 +115,7 @@ def test_table_with_bare_quotation_marks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 2: .*table\.quotes"):
         list(read_table(Table(file)))
     found = list(read_table(Table(file, quotes=False)))
-    assert [a.captions for a in found] == [('"Stop" on a sign',), ('a 5" gun',)]
+    assert [a.texts for a in found] == [('"Stop" on a sign',), ('a 5" gun',)]
 
 
 def test_folder(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from blip.distributed import Rows, share
 from blip.model import Batch, Blip
 from blip.momentum import MomentumConfig
 from pipelines import train_blip
+from pipelines.config import load_config
+from pipelines.launch import make_cheaper
 from pipelines.optim import OptimConfig, make_optimizer
 from pipelines.parallel import (
     checkpoint_activations,
@@ -235,7 +237,7 @@ def test_compiled_blocks_compute_the_same() -> None:
     model = tiny_blip(reads=False).train()
     disable_dropout(model)
     compiled, batch = copy.deepcopy(model), tiny_batch((1, 2, 3))
-    train_blip.make_cheaper(compiled, TrainConfig(steps=1, compile=True))
+    make_cheaper(compiled, TrainConfig(steps=1, compile=True))
     torch.testing.assert_close(compiled(batch)["lm"], model(batch)["lm"], atol=1e-5, rtol=1e-4)
 
 
@@ -294,6 +296,6 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(
     ]
     assert losses[0] == losses[1]
 
-    model = train_blip.build(train_blip.load_config(train_blip.TrainRun, config["killed"]))
+    model = train_blip.build(load_config(train_blip.TrainRun, config["killed"]))
     with pytest.raises(ValueError, match="written by 2 processes, now there are 1"):
         resume(tmp_path / "killed", model, make_optimizer(model, OptimConfig()), torch.device("cpu"))
