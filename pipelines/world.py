@@ -5,7 +5,6 @@ Every row is drawn from (seed, split, row) alone.
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -20,38 +19,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.random import Generator
-from PIL import Image, ImageChops, ImageDraw
 
 from blip.tokenizer import write_vocabulary
 from capfilt.schema import CLEAN
-from pipelines import world_text
+from pipelines import world_captions
 from pipelines.config import parse_args, run_main
-from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Palette, Scene, SceneObject
+from pipelines.world_picture import RADIUS, draw_jpeg
+from pipelines.world_text import (
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    TONES,
+    Palette,
+    Scene,
+    SceneObject,
+    judge,
+    scene_from_json,
+    scene_to_json,
+)
 
 log = logging.getLogger(__name__)
 SPLITS = ("noisy", "clean", "test")
 KINDS = ("right", "partly", "other_image", "junk", "subtle")
 BACKGROUNDS = ("flat", "gradient", "noise", "checker")
 ROW_GROUP = 100
-SUPERSAMPLING = 3
-
-RADIUS = {"small": 0.15, "large": 0.24}  # of the side
-PITCH = {"small": 0.064, "large": 0.08}  # of stripes and dots, of the side
 GAP = 0.04  # between two objects, and half of it to the border
-# Plain colour, and the second one of stripes and dots: far in brightness, never another colour's plain look.
-# The plain ones keep JITTER away from 0 and 255.
-RGB = {
-    "red": ((220, 30, 35), (255, 165, 165)),
-    "green": ((25, 150, 45), (165, 235, 165)),
-    "blue": ((35, 70, 225), (165, 195, 255)),
-    "yellow": ((245, 222, 30), (140, 115, 0)),
-    "purple": ((145, 40, 170), (230, 170, 250)),
-    "orange": ((245, 130, 15), (135, 60, 0)),
-    "white": ((245, 245, 245), (120, 120, 120)),
-    "black": ((14, 14, 14), (165, 165, 165)),
-}
-JITTER = 8  # of every channel
-TONE_LEVELS = {"dark": (70, 95), "light": (155, 180)}  # mid-tones: black and white both stand out
 
 TEXT = pa.string()
 RAW = pa.schema(  # what img2dataset writes
@@ -81,7 +73,8 @@ class WorldConfig:
     shapes: int = 6
     textures: int = 3
     captions_per_image: int = 3
-    directions: float = world_text.DIRECTION_SHARE  # stated by clean and test captions, where clear
+    directions: float = world_captions.DIRECTION_SHARE  # stated by clean and test captions, where clear
+    brief: bool = False  # clean and test captions tell colour, shape and direction of two objects, no more
     jpeg_quality: int = 90
     right: float = 0.5
     partly: float = 0.10
@@ -176,96 +169,6 @@ def _layout(count: int, rng: Generator) -> tuple[list[str], list[list[float]]]:
                 return sizes, places.round(4).tolist()
 
 
-def draw_jpeg(scene: Scene, rng: Generator, side: int, quality: int) -> bytes:
-    """The scene as a JPEG of `side` x `side` pixels; `rng` jitters colours and fills backgrounds."""
-    canvas = _background(scene, rng, side).resize((side * SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
-    for thing in scene.objects:
-        _draw_object(canvas, thing, rng)
-    file = io.BytesIO()
-    canvas.reduce(SUPERSAMPLING).save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
-def _background(scene: Scene, rng: Generator, side: int) -> Image.Image:
-    base = rng.uniform(*TONE_LEVELS[scene.tone]) + rng.uniform(-7, 7, size=3)  # [3], a muted tint
-    level = np.zeros((side, side))
-    if scene.background == "gradient":
-        angle = rng.uniform(0, 2 * math.pi)
-        ramp = np.linspace(-1, 1, side)
-        level = 12 * (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None])  # [side, side]
-    elif scene.background == "noise":
-        level = rng.normal(0, 9, size=(side, side))
-    elif scene.background == "checker":
-        cell = np.arange(side) // max(1, side // int(rng.integers(6, 11)))
-        level = np.where((cell[None, :] + cell[:, None]) % 2 == 0, 8.0, -8.0)
-    pixels = np.clip(base + level[:, :, None], 0, 255).astype(np.uint8)  # [side, side, 3]
-    return Image.fromarray(pixels)
-
-
-def _draw_object(canvas: Image.Image, thing: SceneObject, rng: Generator) -> None:
-    """Paints one object: its plain colour, and its pattern inside a rim that keeps the outline whole."""
-    size = round(2 * RADIUS[thing.size] * canvas.width)
-    left, top = (round(place * canvas.width - size / 2) for place in (thing.x, thing.y))
-    box = (left, top, left + size, top + size)
-    plain, second = RGB[thing.colour]
-    jittered = tuple((np.array(plain) + rng.integers(-JITTER, JITTER + 1, size=3)).tolist())
-    canvas.paste(jittered, box, _mask(thing.shape, size, 1.0))
-    if thing.texture != "plain":
-        pattern = _pattern(thing.texture, size, PITCH[thing.size] * canvas.width)
-        canvas.paste(second, box, ImageChops.multiply(pattern, _mask(thing.shape, size, 0.86)))
-
-
-def _pattern(texture: str, size: int, pitch: float) -> Image.Image:
-    """White stripes or dots on black, `pitch` pixels apart, symmetric about the middle."""
-    steps = (np.arange(size) + 0.5 - size / 2) / pitch
-    x, y = np.meshgrid(steps, steps)  # [size, size] each
-    row = np.rint(y)
-    if texture == "dotted":
-        x = x - row % 2 / 2  # every other row is shifted by half a step
-        on = np.hypot(x - np.rint(x), y - row) < 0.34
-    else:
-        on = np.abs(y - row) < 0.25
-    return Image.fromarray(on.astype(np.uint8) * 255)
-
-
-def _mask(shape: str, size: int, scale: float) -> Image.Image:
-    """The shape in white on black, in the middle of the picture; at scale 1 it fills the picture."""
-    image = Image.new("L", (size, size), 0)
-    pen, middle = ImageDraw.Draw(image), size / 2
-    reach = scale * middle
-    pen.polygon([(middle + reach * x, middle + reach * y) for x, y in OUTLINES[shape]], fill=255)
-    if shape == "ring":  # where the outside shrinks, the hole grows
-        low, high = middle * (0.36 + 0.2 * scale), middle * (1.64 - 0.2 * scale)
-        pen.ellipse((low, low, high, high), fill=0)
-    return image
-
-
-def _heart(t: float) -> tuple[float, float]:
-    """The classic curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved to the middle."""
-    height = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-    return math.sin(t) ** 3, -(height + 2.5) / 15.5
-
-
-def _polar(radius: float, turn: float) -> tuple[float, float]:
-    return radius * math.sin(2 * math.pi * turn), -radius * math.cos(2 * math.pi * turn)
-
-
-_CIRCLE = [_polar(0.97, i / 60) for i in range(60)]
-# Two corners of a cross's upper arm and the inner corner after it: (radius, quarter turns).
-_ARM = ((1.02, -0.2), (1.02, 0.2), (0.46, 0.5))
-# Corners in units of the radius, y downwards.
-OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "circle": _CIRCLE,
-    "ring": _CIRCLE,
-    "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
-    "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
-    "star": [_polar((1.0, 0.45)[i % 2], i / 10) for i in range(10)],
-    "cross": [_polar(r, (quarter + turn) / 4) for quarter in range(4) for r, turn in _ARM],
-    "heart": [_heart(2 * math.pi * i / 40) for i in range(40)],
-    "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
-}
-
-
 def make_row(config: WorldConfig, split: str, index: int) -> Row:
     """Row `index` of a split: one web caption for "noisy", `captions_per_image` human ones otherwise."""
     # One stream each, so that a change to how pictures are drawn leaves the texts as they are.
@@ -279,25 +182,31 @@ def make_row(config: WorldConfig, split: str, index: int) -> Row:
         texts = [web_caption(kind, scene, config, text_rng)]
     else:
         kind = None
-        texts = world_text.captions(scene, text_rng, config.captions_per_image, config.directions)
+        texts = _human_captions(config, scene, text_rng)
     shard, row = divmod(index, config.shard_rows)
     jpeg = draw_jpeg(scene, picture_rng, config.side, config.jpeg_quality)
     return Row(f"{split}{shard:05d}{row:04d}", scene, jpeg, tuple(texts), kind)
 
 
+def _human_captions(config: WorldConfig, scene: Scene, rng: Generator) -> list[str]:
+    if config.brief:
+        return world_captions.brief_captions(scene, rng, config.captions_per_image)
+    return world_captions.captions(scene, rng, config.captions_per_image, config.directions)
+
+
 def web_caption(kind: str, scene: Scene, config: WorldConfig, rng: Generator) -> str:
     """A caption of the given kind; all but "right" are false of the scene."""
     if kind == "right":
-        return world_text.captions(scene, rng, 1)[0]
+        return world_captions.captions(scene, rng, 1)[0]
     if kind == "partly":
-        return world_text.partly_right(scene, config.palette(), rng)
+        return world_captions.partly_right(scene, config.palette(), rng)
     if kind == "junk":
-        return world_text.junk(rng)
+        return world_captions.junk(rng)
     if kind == "subtle":
-        return world_text.subtly_wrong(scene, config.palette(), rng)
+        return world_captions.subtly_wrong(scene, config.palette(), rng)
     while True:  # "other_image": by chance another scene's caption can be true here
-        text = world_text.captions(make_scene(config, rng), rng, 1)[0]
-        if not world_text.judge(text, scene).true:
+        text = world_captions.captions(make_scene(config, rng), rng, 1)[0]
+        if not judge(text, scene).true:
             return text
 
 
@@ -377,14 +286,14 @@ def _clean_record(row: Row, side: int) -> dict[str, Any]:
 
 
 def _truth_record(row: Row) -> dict[str, Any]:
-    true = world_text.judge(row.texts[0], row.scene).true
-    return {"key": row.key, "kind": row.kind, "true": true, "scene": world_text.scene_to_json(row.scene)}
+    true = judge(row.texts[0], row.scene).true
+    return {"key": row.key, "kind": row.kind, "true": true, "scene": scene_to_json(row.scene)}
 
 
 def read_truth(path: str | Path) -> dict[str, tuple[str | None, Scene]]:
     """Key -> (kind of web caption, None outside the noisy split; scene)."""
-    scene = world_text.scene_from_json
-    return {row["key"]: (row.get("kind"), scene(row["scene"])) for row in pq.read_table(path).to_pylist()}
+    rows = pq.read_table(path).to_pylist()
+    return {row["key"]: (row.get("kind"), scene_from_json(row["scene"])) for row in rows}
 
 
 def main(argv: list[str]) -> int:
@@ -392,7 +301,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run = parse_args(argv, WorldRun)
     write_world(run.world, run.out)
-    write_vocabulary(world_text.VOCABULARY, Path(run.out, "vocabulary"))
+    write_vocabulary(world_captions.VOCABULARY, Path(run.out, "vocabulary"))
     return 0
 
 

@@ -23,13 +23,13 @@ from capfilt.shards import writing_shard
 from pipelines.config import parse_args, run_main
 from pipelines.questions import VQA
 from pipelines.world import WorldConfig, read_truth
-from pipelines.world_text import FLIPPED, TONES, VOCABULARY, Palette, Scene, SceneObject, clear_direction
+from pipelines.world_captions import BRIEF_PHRASES, VOCABULARY, clear_direction
+from pipelines.world_text import FLIPPED, TONES, Palette, Scene, SceneObject
 
 SPLITS = {"clean": "train", "test": "test"}  # of the world -> of the questions
 COUNTS = {2: "two", 3: "three", 4: "four"}
 # Of ten people, so many call it so.
 SIZES = {"large": {"large": 0.6, "big": 0.4}, "small": {"small": 0.7, "little": 0.3}}
-ASIDE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 Asked = tuple[str, dict[str, float]]  # a question; its answers with their weights
 
@@ -71,7 +71,7 @@ def ask(scene: Scene, palette: Palette, rng: Generator) -> Iterator[Asked]:
         direction = clear_direction(one, other)
         if direction is not None:
             is_so = rng.random() < 0.5
-            said = ASIDE[direction if is_so else FLIPPED[direction]]
+            said = BRIEF_PHRASES[direction if is_so else FLIPPED[direction]]
             yield f"is {_the(one)} {said} {_the(other)}?", {"yes" if is_so else "no": 1.0}
 
 

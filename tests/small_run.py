@@ -13,7 +13,7 @@ from blip.tokenizer import Tokenizer, write_vocabulary
 from blip.vision import VisionConfig
 from capfilt.worker import CapFiltConfig
 from pipelines.world import WorldConfig, write_world
-from pipelines.world_text import VOCABULARY
+from pipelines.world_captions import VOCABULARY
 
 WORLD = WorldConfig(seed=3, noisy_rows=48, clean_rows=0, test_rows=0, shard_rows=12, side=48)
 

@@ -18,7 +18,7 @@ from pipelines import run_capfilt, select, train_blip
 from pipelines.config import load_config
 from pipelines.train_blip import TrainRun
 from pipelines.world import WorldConfig, write_world
-from pipelines.world_text import VOCABULARY
+from pipelines.world_captions import VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.yaml"))

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "pipelines": {"blip", "capfilt", "qformer"},
 }
 DOORS = {  # library -> the files it may enter by, so that replacing it is one file
-    "PIL": ["blip/image.py", "pipelines/world*.py"],
+    "PIL": ["blip/image.py", "pipelines/world_picture.py"],
     "fairscale": ["pipelines/parallel.py"],
     "matplotlib": ["pipelines/curves*.py"],
     "pyarrow": [

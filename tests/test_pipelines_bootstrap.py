@@ -15,7 +15,7 @@ from pipelines.bootstrap import Corpus, worse
 from pipelines.config import ConfigError
 from pipelines.steps import Entry, Step, StepFailed, read_manifest, run_step
 from pipelines.world import WorldConfig, write_world
-from pipelines.world_text import VOCABULARY
+from pipelines.world_captions import VOCABULARY
 
 WORLD = WorldConfig(seed=9, noisy_rows=24, clean_rows=12, test_rows=6, shard_rows=12, captions_per_image=2)
 STEPS = ["med", "eval_retrieval", "eval_captions"]

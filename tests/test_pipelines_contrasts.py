@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from pipelines.contrasts import check, contrast
 from pipelines.world import WorldConfig, make_scene
-from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, captions, judge, parse
+from pipelines.world_captions import captions
+from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, judge, parse
 
 SETS = (("red", "blue"), ("small little", "large"), ("left", "right"))
 WORLD_SETS = (

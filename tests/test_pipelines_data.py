@@ -24,7 +24,7 @@ from pipelines.data import DataConfig, find_groups, image_id, read_group, traini
 from pipelines.order import Order
 from pipelines.order import batches as ordered
 from pipelines.world import WorldConfig, write_world
-from pipelines.world_text import VOCABULARY
+from pipelines.world_captions import VOCABULARY
 
 SIZE = 32
 PLAIN = Augmentation(min_scale=1.0, flip=False, randaugment=False)

@@ -11,7 +11,8 @@ from pipelines.data import DataConfig, training_batches
 from pipelines.train_blip import InitConfig, TrainRun, build
 from pipelines.trainer import TrainConfig
 from pipelines.world import WorldConfig, read_truth, write_world
-from pipelines.world_text import COLOURS, VOCABULARY, judge
+from pipelines.world_captions import VOCABULARY
+from pipelines.world_text import COLOURS, judge
 
 TEXTS = 3
 WORLD = WorldConfig(

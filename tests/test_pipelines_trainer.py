@@ -30,7 +30,7 @@ from pipelines.optim import OptimConfig, lr_at
 from pipelines.parallel import checkpoint_activations, pick_device
 from pipelines.trainer import STATE_FILE, NotFinite, TrainConfig, resume, train
 from pipelines.world import WorldConfig, write_world
-from pipelines.world_text import VOCABULARY
+from pipelines.world_captions import VOCABULARY
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

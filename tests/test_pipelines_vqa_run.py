@@ -21,8 +21,9 @@ from pipelines.config import load_config
 from pipelines.questions import VQA
 from pipelines.train_vqa import VqaRun
 from pipelines.world import WorldConfig, make_scene, read_truth, write_world
+from pipelines.world_captions import VOCABULARY
 from pipelines.world_questions import QUESTION_VOCABULARY, QuestionsRun, ask, main, questions_of
-from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, VOCABULARY, Scene, judge
+from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Scene, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,15 +17,14 @@ from pipelines import world_text
 from pipelines.world import (
     BACKGROUNDS,
     GAP,
-    RADIUS,
     WorldConfig,
-    draw_jpeg,
     main,
     make_row,
     make_scene,
     read_truth,
     write_world,
 )
+from pipelines.world_picture import RADIUS, draw_jpeg
 from pipelines.world_text import COLOURS, SHAPES, TEXTURES, TONES, Scene, judge
 
 SMALL = WorldConfig(noisy_rows=30, clean_rows=7, test_rows=5, shard_rows=12, side=48)

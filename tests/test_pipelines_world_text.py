@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines import world_text
+from pipelines import world_captions, world_text
 from pipelines.world import KINDS, WorldConfig, make_scene, web_caption
-from pipelines.world_text import VOCABULARY, Scene, SceneObject, judge
+from pipelines.world_captions import VOCABULARY
+from pipelines.world_text import COLOURS, SHAPES, Scene, SceneObject, judge
 
 # Few names for many objects: the hardest for the judge.
 CROWDED = WorldConfig(objects_max=4, colours=3, shapes=3)
@@ -145,7 +146,7 @@ def test_human_captions_are_true_and_parse_back(config: WorldConfig) -> None:
     rng = np.random.default_rng(2)
     for _ in range(500 if config == CROWDED else 2000):
         scene = make_scene(config, rng)
-        sentence = world_text.compose(scene, rng)
+        sentence = world_captions.compose(scene, rng)
         text = world_text.render(sentence)
         assert world_text.parse(text) == sentence, text
         verdict = judge(text, scene)
@@ -160,7 +161,7 @@ def test_human_captions_are_true_and_parse_back(config: WorldConfig) -> None:
 
 def test_human_captions_vary() -> None:
     rng = np.random.default_rng(3)
-    texts = [world_text.captions(make_scene(WorldConfig(), rng), rng, 3) for _ in range(700)]
+    texts = [world_captions.captions(make_scene(WorldConfig(), rng), rng, 3) for _ in range(700)]
     flat = [text for row in texts for text in row]
     sentences = [world_text.parse(text) for text in flat]
     assert all(sentence is not None for sentence in sentences)
@@ -180,7 +181,7 @@ def test_stated_relations_are_unambiguous() -> None:
     stated = 0
     for _ in range(1000):
         scene = make_scene(WorldConfig(), rng)
-        sentence = world_text.compose(scene, rng)
+        sentence = world_captions.compose(scene, rng)
         direction = world_text.DIRECTIONS.get(sentence.links[0].removeprefix("is "))
         if direction is None:
             continue
@@ -222,7 +223,7 @@ def test_partly_right_names_one_present_and_one_absent_object() -> None:
     rng = np.random.default_rng(6)
     for _ in range(500):
         scene = make_scene(WorldConfig(), rng)
-        assert len(wrong_parts(world_text.partly_right(scene, WorldConfig().palette(), rng), scene)) == 1
+        assert len(wrong_parts(world_captions.partly_right(scene, WorldConfig().palette(), rng), scene)) == 1
 
 
 def test_subtle_errors_come_in_their_shares() -> None:
@@ -230,7 +231,7 @@ def test_subtle_errors_come_in_their_shares() -> None:
     errors: Counter[str] = Counter()
     for _ in range(2000):
         scene = make_scene(config, rng)
-        text = world_text.subtly_wrong(scene, config.palette(), rng)
+        text = world_captions.subtly_wrong(scene, config.palette(), rng)
         wrong, sentence = wrong_parts(text, scene), world_text.parse(text)
         assert sentence is not None
         present = Counter(o.shape for o in scene.objects)
@@ -272,8 +273,23 @@ def test_people_state_as_many_clear_directions_as_they_are_asked_to(directions: 
     clear = stated = 0
     for _ in range(500):
         scene = make_scene(WorldConfig(), rng)
-        if world_text.clear_direction(*scene.objects) is not None:
+        if world_captions.clear_direction(*scene.objects) is not None:
             clear += 1
-            (text,) = world_text.captions(scene, rng, 1, directions)
+            (text,) = world_captions.captions(scene, rng, 1, directions)
             stated += bool({"left", "right", "above", "over", "below", "under"} & set(text.split()))
     assert clear > 100 and stated / clear == directions
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_brief_captions_tell_colour_shape_and_place_of_two_objects(config: WorldConfig) -> None:
+    rng = np.random.default_rng(9)
+    words = {*COLOURS, *SHAPES, "a", "an", "left", "right", "of", "above", "below"}
+    for _ in range(500):
+        scene = make_scene(config, rng)
+        first, second, third = world_captions.brief_captions(scene, rng, 3)
+        for text in (first, second):
+            assert judge(text, scene).true, (text, scene)
+            assert set(text.split()) <= words
+        here, there = (sentence.mentions for text in (first, second) if (sentence := world_text.parse(text)))
+        assert here == (there[1], there[0])  # the other object first, so another direction is stated
+        assert third == first
