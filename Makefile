@@ -50,6 +50,7 @@ bench: $(READY)  ## measure on this machine: captions and scores beside transfor
 
 world: $(READY)  ## draw the generated corpus: noisy, clean and test shards with their truth
 	$(RUN) pipelines.world $(or $(CONFIG),configs/tiny/world.yaml) $(FOLDER) $(ARGS)
+	$(if $(CONFIG)$(FOLDER)$(ARGS),,$(RUN) pipelines.world configs/tiny/world_brief.yaml)
 
 world-vqa: $(READY)  ## questions about the generated corpus, answered from its truth
 	$(RUN) pipelines.world_questions $(or $(CONFIG),configs/tiny/world_questions.yaml) $(FOLDER) $(ARGS)
@@ -74,6 +75,7 @@ vqa: $(READY)  ## fine-tune for visual question answering; tiny, unless CONFIG i
 
 tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
 	$(RUN) pipelines.world configs/tiny/world.yaml
+	$(RUN) pipelines.world configs/tiny/world_brief.yaml
 	$(RUN) pipelines.train_blip configs/tiny/pretrain.yaml
 	$(RUN) pipelines.train_blip configs/tiny/captioner.yaml
 	$(RUN) pipelines.train_blip configs/tiny/filter.yaml

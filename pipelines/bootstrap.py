@@ -59,6 +59,7 @@ class BootstrapRun:
     test: str  # clean shards that nothing is trained on
     recipes: Recipes
     eval_filter: str  # the config file of one step more
+    captions: str | None = None  # clean shards of the captioner, where not clean
     start: str | None = None  # trained weights in place of round 0's training
     threshold: float = DEFAULT_THRESHOLD  # of P(match)
     rounds: int = 1
@@ -121,11 +122,11 @@ def model_of(run: BootstrapRun, number: int) -> str:
 def corpus_steps(run: BootstrapRun, number: int) -> list[Step]:
     """From the last MED to the clean corpus of a round."""
     recipes, before, folder = run.recipes, model_of(run, number - 1), f"{run.out}/{number}"
-    tuned = (f"start.weights={before}", f"data.shards=[{run.clean}]")
+    start, captions = f"start.weights={before}", run.captions or run.clean
     corpus = f"out={folder}/corpus"
     return [
-        _train(run, number, "captioner", recipes.captioner, *tuned),
-        _train(run, number, "filter", recipes.filter, *tuned),
+        _train(run, number, "captioner", recipes.captioner, start, f"data.shards=[{captions}]"),
+        _train(run, number, "filter", recipes.filter, start, f"data.shards=[{run.clean}]"),
         _evaluate(run, number, FILTER, run.eval_filter, "filter", f"protocol.threshold={run.threshold}"),
         Step(
             f"{number}/corpus",

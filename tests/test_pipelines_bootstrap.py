@@ -19,6 +19,7 @@ from pipelines.world_captions import VOCABULARY
 
 WORLD = WorldConfig(seed=9, noisy_rows=24, clean_rows=12, test_rows=6, shard_rows=12, captions_per_image=2)
 STEPS = ["med", "eval_retrieval", "eval_captions"]
+TUNED_ON = {"captioner": "test", "filter": "clean"}
 CORPUS = ["captioner", "filter", "eval_filter", "corpus", "select"]
 
 
@@ -59,6 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "out": str(folder / "out"),
         "web": str(folder / "world/noisy"),
         "clean": str(folder / "world/clean"),
+        "captions": str(folder / "world/test"),
         "test": str(folder / "world/test"),
         "recipes": {name: path for name, path in paths.items() if name != "eval_filter"},
         "eval_filter": paths["eval_filter"],
@@ -77,6 +79,8 @@ def test_a_round_is_all_of_blips_steps_in_order(config: Path) -> None:
     assert all(step["exit_code"] == 0 for step in manifest.values())
     shards = f"data.shards=[{out}/1/corpus/clean,{config.parent}/world/clean]"
     assert shards in shlex.split(manifest["1/med"]["command"])
+    of = {step: f"data.shards=[{config.parent}/world/{name}]" for step, name in TUNED_ON.items()}
+    assert all(shards in shlex.split(manifest[f"1/{step}"]["command"]) for step, shards in of.items())
     assert "start" not in manifest["1/med"]["command"]  # a new model, not the old one trained on
     new, old = (load_blip(out / f"{number}/med/model") for number in (1, 0))
     assert new.config.text == old.config.text and new.config.text.reads and new.config.text.writes
