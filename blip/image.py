@@ -78,9 +78,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def thumbnail(image: Image.Image, side: int, quality: int = 75) -> bytes:
+    """A JPEG of an RGB image whose longer side has at most `side` pixels. It carries pixels and nothing else.
+
+    Comments, which Pillow would copy along, colour profiles and places stay behind.
+    """
+    small = image.copy()
+    small.info = {}
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=quality, optimize=True)
+    return file.getvalue()
+
+
 def image_transform(image: Image.Image, size: int) -> Tensor:
     """The eval transform: square bicubic resize, no crop. -> [3, size, size], normalised."""
     return _to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def crop_transform(image: Image.Image, size: int) -> Tensor:
+    """CLIP's eval transform: the short side to `size`, bicubic, and the middle square (openai/CLIP)."""
+    width, height = (max(size, size * side // min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    whole = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _to_tensor(whole.crop((left, top, left + size, top + size)))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from blip.image import (
     image_transform,
     rand_augment,
     random_crop,
+    thumbnail,
     train_transform,
 )
 
@@ -109,6 +110,28 @@ def test_the_reason_is_the_same_in_every_run() -> None:
             decode(b"no image at all")
         messages.add(str(error.value))
     assert messages == {"the bytes are no image of the kinds JPEG, PNG, WEBP, GIF"}
+
+
+# Thumbnails
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((900, 300), (100, 33)), ((30, 60), (30, 60)), ((5000, 1), (100, 1))]
+)
+def test_a_thumbnail_is_a_small_jpeg(size: tuple[int, int], small: tuple[int, int]) -> None:
+    image = smooth(*size)
+    found = decode(thumbnail(image, 100))
+    assert (found.size, image.size) == (small, size)
+    box = np.asarray(image.resize(small, Image.Resampling.BOX), int)
+    assert np.abs(np.asarray(found, int) - box).mean() < 8
+
+
+def test_a_thumbnail_carries_nothing_but_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a secret place"
+    data = encoded(noise(40, 40), "JPEG", exif=exif, comment=b"a secret note", icc_profile=b"a secret screen")
+    assert data.count(b"secret") == 3
+    assert b"secret" not in thumbnail(decode(data), 40)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
