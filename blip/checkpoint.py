@@ -93,6 +93,11 @@ def build(
     """A model in eval mode, made of these weights. Raises ValueError as `check_fit` does."""
     with torch.device("meta"):  # drawing random weights, only to overwrite them, takes seconds
         model = model_class(config, tokenizer)
+    return fill(model, tensors, source)
+
+
+def fill(model: M, tensors: Mapping[str, Tensor], source: str) -> M:
+    """The model, on the meta device or not, in eval mode with these weights for all of its own."""
     wanted = model.state_dict()
     check_fit(wanted, tensors, source)
     model.load_state_dict(

@@ -179,9 +179,9 @@ def uniform(seeds: Tensor, step: int) -> Tensor:
     splitmix64 (Steele, Lea and Flood 2014; Vigna's constants) hashes a counter: there is no state to carry,
     and a row's numbers know nothing of its neighbours. int64 products wrap like the unsigned ones meant here.
     """
-    x = seeds + _signed((step + 1) * 0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    x = seeds + signed((step + 1) * 0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * signed(0x94D049BB133111EB)
     return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
 
 
@@ -250,7 +250,7 @@ def _restrict(scores: Tensor, texts: Tensor, decoding: Decoding, end: int) -> Te
 
 
 def _start(prompt: Tensor, images: int, decoding: Decoding, seeds: Sequence[int] | None) -> _State:
-    numbers = [_signed(seed) for seed in seeds] if seeds is not None else [0] * images
+    numbers = [signed(seed) for seed in seeds] if seeds is not None else [0] * images
     return _State(
         places=torch.arange(images, device=prompt.device),
         seeds=torch.tensor(numbers, dtype=torch.int64, device=prompt.device),
@@ -291,7 +291,7 @@ def _rows(images: Tensor, width: int) -> Tensor:
     return (images[:, None] * width + torch.arange(width, device=images.device)).flatten()
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """The int64 with the same low 64 bits."""
     return (number + 2**63) % 2**64 - 2**63
 

@@ -93,11 +93,11 @@ class Embeddings(nn.Module):
 class LMHead(nn.Module):
     """BERT's prediction head; its output matrix is the word embedding, passed in. [..., D] -> [..., V]."""
 
-    def __init__(self, config: MEDConfig):
+    def __init__(self, width: int, vocab_size: int):
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=BERT_EPS)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=BERT_EPS)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         return F.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
@@ -114,7 +114,7 @@ class MED(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(MEDBlock(config, image_width) for _ in range(config.depth))
-        self.lm_head = LMHead(config) if config.writes else None
+        self.lm_head = LMHead(config.width, config.vocab_size) if config.writes else None
         bert_init(self, config.width)
 
     def project_image(self, image_tokens: Tensor) -> list[KV]:

@@ -4,7 +4,7 @@ Shapes: B images, N image tokens, D width, R = n * B texts, T text positions, E 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blip import losses
 from blip.checkpoint import save_model
 from blip.distributed import Rows, share
-from blip.generate import BEAM_SEARCH, Decoding, generate
+from blip.generate import BEAM_SEARCH, Decoding, Writer, generate
 from blip.layers import KV, at_least_fp32, bert_init
 from blip.med import MED, MEDConfig
 from blip.momentum import Momentum, MomentumConfig
@@ -25,6 +25,9 @@ from blip.vision import VisionConfig, VisionEncoder
 
 TEMPERATURE_RANGE = (0.001, 0.5)  # BLIP models/blip_pretrain.py
 IGNORED = -100  # the label of a token that does not count
+
+Text = tuple[Tensor, Tensor]  # ids and mask
+Match = Callable[[Tensor, Tensor, list[KV]], Tensor]  # ids and mask [R, T], image [B] -> ITM logits [R, 2]
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,20 @@ class Blip(nn.Module):
         """Unit ITC features [R, E] of texts that start with [CLS]."""
         return F.normalize(at_least_fp32(self._head("text_proj")(self.med.encode(ids, mask)[:, 0])), dim=-1)
 
+    def project_image(self, image_tokens: Tensor) -> list[KV]:
+        """[B, N, D] -> the keys and values of every block, for `match_projected`."""
+        return self.med.project_image(image_tokens)
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Cosine of features: [B, E] and [R, E] -> [B, R]."""
+        return images @ texts.T
+
     def match(self, ids: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """ITM logits [R, 2], class 1 = match, of R = n * B texts, those of an image next to each other."""
-        return self.match_projected(ids, mask, self.med.project_image(image_tokens))
+        return self.match_projected(ids, mask, self.project_image(image_tokens))
 
     def match_projected(self, ids: Tensor, mask: Tensor, image: list[KV]) -> Tensor:
-        """`match` on keys and values that were projected before, by `med.project_image`."""
+        """`match` on keys and values that were projected before, by `project_image`."""
         states = self.med.match(begin(ids, self.config.enc_id), mask, image)
         return at_least_fp32(self._head("itm")(states[:, 0]))
 
@@ -230,25 +241,12 @@ class Blip(nn.Module):
         else:
             wrong = [(k[wrong_image], v[wrong_image]) for k, v in image]
             own_ids, own_mask = ids, mask
-        two_ids = torch.stack([own_ids, ids[wrong_text]], 1).flatten(0, 1)  # [2B, T], two texts per image
-        two_masks = torch.stack([own_mask, mask[wrong_text]], 1).flatten(0, 1)
-        pairs = self.match_projected(two_ids, two_masks, image).unflatten(0, (-1, 2))  # [B, 2, 2]
-        unmatched = [pairs[:, 1], self.match_projected(batch.ids, batch.mask, wrong)]
-        if batch.wrong_ids is not None and batch.wrong_mask is not None:
-            made = batch.wrong_mask.any(1).nonzero()[:, 0]  # [K]
-            if len(made):
-                seen = [(k[made], v[made]) for k, v in image]
-                unmatched.append(self.match_projected(batch.wrong_ids[made], batch.wrong_mask[made], seen))
-        return losses.itm_loss(pairs[:, 0], torch.cat(unmatched))
+        texts = (own_ids, own_mask), (ids[wrong_text], mask[wrong_text])
+        return itm_of_pairs(self.match_projected, batch, *texts, image, wrong)
 
     def lm_loss(self, batch: Batch, image: list[KV]) -> tuple[Tensor, int]:
         """LM of the texts on projected images [B], in nats a word, labels smoothed; and how many words."""
-        ids = begin(batch.ids, self.config.dec_id)
-        states, _ = self.med.write(ids[:, :-1], image)  # pads come last: causality already hides them
-        targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]
-        counts = targets != IGNORED
-        logits = self.med.logits(states[counts])
-        return losses.lm_loss(logits, targets[counts], self.config.label_smoothing), len(logits)
+        return lm_of_texts(self.med, batch, image, self.config.dec_id, self.config.label_smoothing)
 
     def _head(self, name: str) -> nn.Module:
         if name not in self.heads:
@@ -256,6 +254,37 @@ class Blip(nn.Module):
                 f"these weights have no {name} head: a captioner has none; load a pretrained MED or a filter"
             )
         return self.heads[name]
+
+
+def itm_of_pairs(
+    match: Match, batch: Batch, own: Text, wrong_text: Text, image: list[KV], wrong_image: list[KV]
+) -> Tensor:
+    """ITM of each image with its own text and with a wrong one, of each text with a wrong image, and of each
+    image with its text made wrong, where the batch has one. Texts [B, T] of one length, images [B].
+    """
+    two_ids, two_masks = (
+        torch.stack([one, other], 1).flatten(0, 1) for one, other in zip(own, wrong_text, strict=True)
+    )  # [2B, T], two texts per image
+    pairs = match(two_ids, two_masks, image).unflatten(0, (-1, 2))  # [B, 2, 2]
+    unmatched = [pairs[:, 1], match(batch.ids, batch.mask, wrong_image)]
+    if batch.wrong_ids is not None and batch.wrong_mask is not None:
+        made = batch.wrong_mask.any(1).nonzero()[:, 0]  # [K]
+        if len(made):
+            seen = [(k[made], v[made]) for k, v in image]
+            unmatched.append(match(batch.wrong_ids[made], batch.wrong_mask[made], seen))
+    return losses.itm_loss(pairs[:, 0], torch.cat(unmatched))
+
+
+def lm_of_texts(
+    writer: Writer, batch: Batch, image: list[KV], first: int, smoothing: float
+) -> tuple[Tensor, int]:
+    """LM of the texts, `first` their first id, in nats a word, labels smoothed; and how many words."""
+    ids = begin(batch.ids, first)
+    states, _ = writer.write(ids[:, :-1], image)  # pads come last: causality already hides them
+    targets = lm_targets(ids, batch.mask, batch.prompt_length)  # [B, T - 1]
+    counts = targets != IGNORED
+    logits = writer.logits(states[counts])
+    return losses.lm_loss(logits, targets[counts], smoothing), len(logits)
 
 
 def lm_targets(ids: Tensor, mask: Tensor, prompt_length: int) -> Tensor:

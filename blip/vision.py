@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, build_sincos2d_pos_embed
+from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -27,6 +28,10 @@ class VisionConfig:
     drop_path: float = 0.0  # stochastic depth; BLIP uses 0.1 for ViT-L
     eps: float = 1e-6  # of LayerNorm; Hugging Face's BLIP configs ask 1e-5
     stem: tuple[int, ...] = ()  # widths of a convolutional stem, each halves the image; () = plain patches
+    hidden: int | None = None  # of the MLP; None = four times the width
+    final_norm: bool = True  # without, whoever uses the tokens normalises them
+    pre_norm: bool = False  # CLIP: a norm before the blocks, and patches without a bias
+    quick_gelu: bool = False  # OpenAI's CLIP: x * sigmoid(1.702 x)
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -47,6 +52,15 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
+# The frozen encoders of BLIP-2 (section 3.3), without the last block: EVA's ViT-g has 40, CLIP's ViT-L 24.
+# timm builds the former with biases of queries and values only. Keys have one here, zero: what all keys share
+# shifts the scores of a query alike, and softmax does not see it.
+EVA_VIT_G = VisionConfig(patch_size=14, width=1408, depth=39, heads=16, hidden=6144, final_norm=False)
+CLIP_VIT_L = VisionConfig(
+    patch_size=14, width=1024, depth=23, heads=16, eps=1e-5, final_norm=False, pre_norm=True, quick_gelu=True
+)
+
+
 class VisionEncoder(nn.Module):
     """The ViT of `config`. Returns every token after the final norm; token 0 is the class token."""
 
@@ -58,8 +72,12 @@ class VisionEncoder(nn.Module):
             embed_dim=config.width,
             depth=config.depth,
             num_heads=config.heads,
+            mlp_ratio=((config.hidden or 4 * config.width) + 0.5) / config.width,  # timm rounds down
             drop_path_rate=config.drop_path,
             norm_layer=partial(LayerNorm, eps=config.eps),
+            act_layer=QuickGELU if config.quick_gelu else None,
+            pre_norm=config.pre_norm,
+            final_norm=config.final_norm,
             num_classes=0,
             global_pool="",
             weight_init="jax",  # Xavier, as in the ViT paper; timm's own 0.02 is too little for a narrow ViT

@@ -8,7 +8,6 @@ in a ValueError. Files are read as safetensors, or as pickles that cannot run co
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,12 +28,12 @@ from blip.layers import bert_init
 from blip.med import MEDConfig
 from blip.model import SIZES, Blip, BlipConfig
 from blip.tokenizer import Tokenizer
-from blip.vision import VisionConfig, interpolate_position_embedding, pretrained_vit
+from blip.vision import interpolate_position_embedding, pretrained_vit
 from blip.vqa import BlipVQA
 from blip.weights_files import Settings, demand, locate, read_settings, read_tensors
-from blip.weights_names import DECODER, ENCODER, bert_name, tied_copies, to_ours, vision_name
+from blip.weights_names import DECODER, ENCODER, bert_name, tied_copies, to_ours
+from blip.weights_shapes import depth_of, has, heads_of, shape_of, vision_of
 
-HEAD_WIDTH = 64  # channels per attention head, in every BERT and ViT that BLIP starts from
 POSITIONS = "pos_embed"
 BERT_WORDS, BERT_BIAS = "embeddings.word_embeddings.weight", "cls.predictions.bias"
 NOT_OF_THE_MED = (
@@ -140,18 +139,45 @@ def init_text(model: Blip, source: str | Path) -> None:
     Both self-attentions start from BERT's one. Cross-attention and the rows of [DEC] and [ENC] stay as they
     were drawn, so does the LM head if BERT comes without. BERT's token types have no place in the MED.
     """
+    weights, absent = model.med.state_dict(), ".look."
+    names = {name: None if absent in name else bert_name(name) for name in weights}
+    new = min(model.config.dec_id, model.config.enc_id)
+    model.med.load_state_dict(bert_weights(source, weights, names, new, model.config.text.heads))
+
+
+def bert_weights(
+    source: str | Path, weights: Mapping[str, Tensor], names: Mapping[str, str | None], new: int, heads: int
+) -> dict[str, Tensor]:
+    """`weights` with all that the BERT of `source` has. `names` are BERT's of ours, None = not of BERT.
+
+    BERT knows the first `new` words only, the others stay as they are; so does an LM head if BERT comes
+    without. Raises ValueError if it is another BERT.
+    """
     path = locate(source)
     if path.is_dir():
-        _check_bert(path / CONFIG_FILE, model.config.text)
+        _check_bert(path / CONFIG_FILE, heads)
     theirs = {_modern(name): tensor for name, tensor in read_tensors(path).items()}
-    names = _names_in_bert(model, theirs, str(source))
-    weights = model.med.state_dict()
-    for name, outside in names.items():
+    writes = any(name.startswith("lm_head.") for name in names)
+    end = next(len(weights[ours]) for ours, outside in names.items() if outside == BERT_WORDS)
+    if BERT_WORDS in theirs and len(theirs[BERT_WORDS]) not in (new, end):
+        raise ValueError(
+            f"{source} has {len(theirs[BERT_WORDS])} words, the model {new} before its own and {end} in all"
+        )
+    if BERT_BIAS not in theirs:
+        names = {ours: None if ours.startswith("lm_head.") else outside for ours, outside in names.items()}
+    wanted = {ours: outside for ours, outside in names.items() if outside is not None}
+    copies, unequal = tied_copies(theirs, "", "cls.predictions.")
+    unused = NOT_OF_THE_MED if writes else rf"{NOT_OF_THE_MED}|cls\..*"
+    left = {k for k in theirs.keys() - set(wanted.values()) - copies if not re.fullmatch(unused, k)}
+    check_names(str(source), set(wanted.values()) - theirs.keys(), left, unequal)
+    started = dict(weights)
+    for ours, outside in wanted.items():
         found = theirs[outside]
-        if outside in (BERT_WORDS, BERT_BIAS):  # BERT knows neither [DEC] nor [ENC]
-            found = torch.cat([found, weights[name][len(found) :].to(found)])
-        weights[name] = found
-    model.med.load_state_dict(weights)
+        if outside in (BERT_WORDS, BERT_BIAS):
+            found = torch.cat([found, weights[ours][len(found) :].to(found)])
+        started[ours] = found
+    check_fit(weights, started, str(source))
+    return started
 
 
 def _find(source: str | Path, wanted: type[M]) -> tuple[Path, BlipConfig, dict[str, Tensor]]:
@@ -193,14 +219,7 @@ def _skeleton(model: type[M], config: BlipConfig) -> dict[str, Tensor]:
 
 
 def _tokenizer(path: Path, config: BlipConfig, given: Tokenizer | str | Path | None) -> Tokenizer | None:
-    if isinstance(given, Tokenizer):
-        tokenizer: Tokenizer | None = given
-    elif given is not None:
-        tokenizer = Tokenizer(given)
-    else:
-        tokenizer = read_tokenizer(path)
-        if tokenizer is None and not is_ours(path):
-            tokenizer = Tokenizer()
+    tokenizer = tokenizer_for(path, given)
     if tokenizer and (tokenizer.dec, tokenizer.enc) != (config.dec_id, config.enc_id):
         raise ValueError(
             f"the tokenizer for {path} has [DEC] {tokenizer.dec} and [ENC] {tokenizer.enc}, the weights have "
@@ -209,58 +228,51 @@ def _tokenizer(path: Path, config: BlipConfig, given: Tokenizer | str | Path | N
     return tokenizer
 
 
+def tokenizer_for(path: Path, given: Tokenizer | str | Path | None) -> Tokenizer | None:
+    """The one given, or where its files lie; else that of the folder, for outside weights BERT's."""
+    if given is None:
+        found = read_tokenizer(path)
+        return Tokenizer() if found is None and not is_ours(path) else found
+    return given if isinstance(given, Tokenizer) else Tokenizer(given)
+
+
 def _kind(theirs: Mapping[str, Tensor], source: str | Path) -> str:
     """Which of our models outside weights are, by the parts they have."""
     if any(".crossattention.self0." in name or name.startswith("cls_head.") for name in theirs):
         raise ValueError(
             f"{source} is an NLVR model; its twin cross-attention to two images is not supported"
         )
-    reads, writes = _has(theirs, ENCODER), _has(theirs, DECODER)
-    if not (reads or writes) or not (_has(theirs, "visual_encoder.") or _has(theirs, "vision_model.")):
+    reads, writes = has(theirs, ENCODER), has(theirs, DECODER)
+    if not (reads or writes) or not (has(theirs, "visual_encoder.") or has(theirs, "vision_model.")):
         raise ValueError(
             f"{source} holds no BLIP, which has a visual_encoder or vision_model, and a text_encoder or "
             f"text_decoder; it has {', '.join(sorted({name.split('.')[0] for name in theirs})[:8])}"
         )
-    return "BlipVQA" if reads and writes and not _has(theirs, "itm_head.") else "Blip"
+    return "BlipVQA" if reads and writes and not has(theirs, "itm_head.") else "Blip"
 
 
 def _config(theirs: Mapping[str, Tensor], settings: Settings, source: str | Path) -> BlipConfig:
     """The config that shapes imply. Training settings (dropout, drop path, smoothing) are BLIP's own."""
-    hugging_face = _has(theirs, "vision_model.")
-    reads, writes = _has(theirs, ENCODER), _has(theirs, DECODER)
+    reads, writes = has(theirs, ENCODER), has(theirs, DECODER)
     stack = ENCODER if reads else f"{DECODER}bert."
 
     def shape(name: str) -> torch.Size:
-        check_names(str(source), [] if name in theirs else [name], [])
-        return theirs[name].shape
+        return shape_of(theirs, name, source)
 
-    tokens = shape(vision_name(POSITIONS, hugging_face))[1]
-    grid = isqrt(tokens - 1)
-    if grid * grid + 1 != tokens:
-        raise ValueError(
-            f"{source} has {tokens} position embeddings: not a square of patches and the class token"
-        )
-    width, _, _, patch = shape(vision_name("patch_embed.proj.weight", hugging_face))
+    vision = vision_of(
+        theirs, source, heads=settings.vision_heads, depth=settings.vision_depth, eps=settings.vision_eps
+    )
     words, text_width = shape(f"{stack}embeddings.word_embeddings.weight")
-    base = next((size for size in SIZES.values() if size.vision.width == width), BlipConfig())
-    blocks = "vision_model.encoder.layers" if hugging_face else "visual_encoder.blocks"
+    base = next((size for size in SIZES.values() if size.vision.width == vision.width), BlipConfig())
     dec_id = words - 2 if settings.dec_id is None else settings.dec_id
     return replace(
         base,
-        vision=VisionConfig(
-            image_size=grid * patch,
-            patch_size=patch,
-            width=width,
-            depth=settings.vision_depth or _depth(theirs, blocks),
-            heads=settings.vision_heads or _heads(width, source),
-            drop_path=base.vision.drop_path,
-            eps=settings.vision_eps,
-        ),
+        vision=replace(vision, drop_path=base.vision.drop_path),
         text=MEDConfig(
             vocab_size=words,
             width=text_width,
-            depth=settings.text_depth or _depth(theirs, f"{stack}encoder.layer"),
-            heads=settings.text_heads or _heads(text_width, source),
+            depth=settings.text_depth or depth_of(theirs, f"{stack}encoder.layer"),
+            heads=settings.text_heads or heads_of(text_width, source),
             hidden=shape(f"{stack}encoder.layer.0.intermediate.dense.weight")[0],
             max_positions=shape(f"{stack}embeddings.position_embeddings.weight")[0],
             reads=reads,
@@ -270,23 +282,6 @@ def _config(theirs: Mapping[str, Tensor], settings: Settings, source: str | Path
         dec_id=dec_id,
         enc_id=dec_id + 1,
     )
-
-
-def _has(theirs: Mapping[str, Tensor], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in theirs)
-
-
-def _depth(theirs: Mapping[str, Tensor], blocks: str) -> int:
-    found = [re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in theirs]
-    return max((int(match[1]) + 1 for match in found if match), default=1)
-
-
-def _heads(width: int, source: str | Path) -> int:
-    if width % HEAD_WIDTH:
-        raise ValueError(
-            f"{source} has a width of {width}, not a multiple of {HEAD_WIDTH}: its heads are unknown"
-        )
-    return width // HEAD_WIDTH
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -299,24 +294,8 @@ def _modern(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _names_in_bert(model: Blip, theirs: Mapping[str, Tensor], source: str) -> dict[str, str]:
-    """Our names of MED weights -> BERT's, for all that BERT has. Raises ValueError if it is another BERT."""
-    new, end = min(model.config.dec_id, model.config.enc_id), model.config.text.vocab_size
-    if BERT_WORDS in theirs and len(theirs[BERT_WORDS]) not in (new, end):
-        raise ValueError(
-            f"{source} has {len(theirs[BERT_WORDS])} words, the model {new} before its [DEC] and [ENC]"
-        )
-    absent = (".look.",) if BERT_BIAS in theirs else (".look.", "lm_head.")
-    names = {k: bert_name(k) for k in model.med.state_dict() if not any(part in k for part in absent)}
-    copies, unequal = tied_copies(theirs, "", "cls.predictions.")
-    unused = NOT_OF_THE_MED if model.config.text.writes else rf"{NOT_OF_THE_MED}|cls\..*"
-    left = {k for k in theirs.keys() - set(names.values()) - copies if not re.fullmatch(unused, k)}
-    check_names(source, set(names.values()) - theirs.keys(), left, unequal)
-    return names
-
-
-def _check_bert(path: Path, text: MEDConfig) -> None:
+def _check_bert(path: Path, heads: int) -> None:
     found = read_json(path)
     demand(path, "it", {"model_type": None} | found, {"model_type": "bert"})
-    wanted = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": text.heads}
+    wanted = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": heads}
     demand(path, "it", found, wanted | {"position_embedding_type": "absolute"})

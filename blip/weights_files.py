@@ -12,7 +12,7 @@ from torch import Tensor
 from blip.checkpoint import CONFIG_FILE, load_state, read_json, read_safetensors, weights_files
 
 PICKLES = (".pth", ".pt", ".bin")
-_SMALL = ["*.json", "vocab.txt"]
+_SMALL = ["*.json", "*.txt", "*.model"]  # merges.txt, spiece.model: of language models
 
 
 def locate(source: str | Path) -> Path:

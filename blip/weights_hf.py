@@ -23,9 +23,15 @@ def export_hf(model: Blip, folder: str | Path) -> None:
     in `folder`/captioner and `folder`/retrieval. The temperature of ITC has no place there. transformers
     matches with [CLS] where it should be [ENC]: its callers must put [ENC] first themselves.
     """
-    if model.config.vision.stem:
+    vision = model.config.vision
+    if vision.stem:
         raise ValueError(
             "transformers' BLIP has no convolutional stem; only a model with stem () can be exported"
+        )
+    if vision.pre_norm or vision.quick_gelu or not vision.final_norm:
+        raise ValueError(
+            "transformers' BLIP has a plain ViT with a final norm; one with pre_norm, with quick_gelu or "
+            "without final_norm cannot be exported"
         )
     folder = Path(folder)
     both = model.config.text.reads and model.config.text.writes
@@ -47,8 +53,10 @@ def _export(model: Blip, folder: Path, architecture: str, stack: str) -> None:
                     tensors[outside] = tensor.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write(folder / CONFIG_FILE, _config(model, architecture))
-    _write(folder / "preprocessor_config.json", _preprocessor(model.config.vision.image_size))
+    write_json(folder / CONFIG_FILE, _config(model, architecture))
+    write_json(
+        folder / "preprocessor_config.json", preprocessor(model.config.vision.image_size, "BlipProcessor")
+    )
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
 
@@ -88,7 +96,7 @@ def _config(model: Blip, architecture: str) -> dict[str, Any]:
         "vision_config": {
             "model_type": "blip_vision_model",
             "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
+            "intermediate_size": vision.hidden or 4 * vision.width,
             "num_hidden_layers": vision.depth,
             "num_attention_heads": vision.heads,
             "image_size": vision.image_size,
@@ -100,10 +108,11 @@ def _config(model: Blip, architecture: str) -> dict[str, Any]:
     }
 
 
-def _preprocessor(size: int) -> dict[str, Any]:
+def preprocessor(size: int, processor: str) -> dict[str, Any]:
+    """What transformers does to an image before it is a BLIP's, as `blip.image` does."""
     return {
         "image_processor_type": "BlipImageProcessor",
-        "processor_class": "BlipProcessor",
+        "processor_class": processor,
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": size, "width": size},
@@ -116,5 +125,5 @@ def _preprocessor(size: int) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
