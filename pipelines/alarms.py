@@ -5,11 +5,12 @@ A loss that falls is no proof: ITM can sit at its prior and LM can learn a langu
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip.generate import Decoding, generate
 from blip.layers import KV
@@ -35,19 +36,38 @@ def inspect(model: Blip, batch: Batch) -> dict[str, float]:
     found: dict[str, float] = {}
     if model.config.text.reads:
         found["temperature"] = float(model.temperature)
-        made_wrong = 0 if batch.wrong_mask is None else int(batch.wrong_mask.any(1).sum())
-        found["itm_prior"] = entropy(len(batch.ids) / (3 * len(batch.ids) + made_wrong))
+        found["itm_prior"] = itm_prior(batch)
     if not model.config.text.writes or len(batch.image_ids.unique()) < IMAGES // 2:
         return found
+    with evaluating(model):
+        image = model.med.project_image(model.image_tokens(batch.pixels))
+        gap = model.lm_loss(batch, of_neighbours(image))[0] - model.lm_loss(batch, image)[0]
+        found["grounding_gap"] = float(gap)
+        if model.tokenizer is not None:
+            found["unique_captions"] = _unique(model, batch, image, model.tokenizer.sep)
+    return found
+
+
+def itm_prior(batch: Batch) -> float:
+    """The ITM loss of who knows no more than how many of the batch's pairs are wrong."""
+    made_wrong = 0 if batch.wrong_mask is None else int(batch.wrong_mask.any(1).sum())
+    return entropy(len(batch.ids) / (3 * len(batch.ids) + made_wrong))
+
+
+def of_neighbours(image: list[KV]) -> list[KV]:
+    """To each image what belongs to the one before it."""
+    return [(keys.roll(1, 0), values.roll(1, 0)) for keys, values in image]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode meanwhile."""
     was_training = model.training
     model.eval()
-    image = model.med.project_image(model.image_tokens(batch.pixels))
-    others = [(keys.roll(1, 0), values.roll(1, 0)) for keys, values in image]
-    found["grounding_gap"] = float(model.lm_loss(batch, others)[0] - model.lm_loss(batch, image)[0])
-    if model.tokenizer is not None:
-        found["unique_captions"] = _unique(model, batch, image, model.tokenizer.sep)
-    model.train(was_training)
-    return found
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def entropy(share: float) -> float:

@@ -167,19 +167,63 @@ class Recent(Generic[T]):
         return self.groups[number]
 
 
-class ShardRows(Dataset[Batch]):
-    """A list of places -> a `Batch`: read, decode, augment, tokenise. Runs in the data workers."""
+@dataclass(frozen=True)
+class Example:
+    """A row of a batch."""
+
+    pixels: torch.Tensor  # [3, S, S]
+    texts: list[str]  # cleaned up, `texts_per_image` of them
+    wrong: str | None  # the first of them made wrong, see pipelines.contrasts
+    image_id: int
+    chance: float  # its own in this epoch, uniform in [0, 1)
+
+
+Collate = Callable[[list[Example]], T]  # also what runs in the data workers: words become tensors here
+
+
+@dataclass(frozen=True)
+class MedBatch:
+    """Examples -> a `Batch` of a MED or of the Q-Former's stage 1."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+
+    def __call__(self, found: list[Example]) -> Batch:
+        texts = [self._begin(text) for example in found for text in example.texts]
+        tokens, mask = self.tokenizer(texts, self.config.max_length)
+        prompt_length = len(self.tokenizer.prompt(self.config.prompt)) - 1
+        ids = torch.tensor([example.image_id for example in found])
+        batch = Batch(torch.stack([example.pixels for example in found]), tokens, mask, ids, prompt_length)
+        if not self.config.contrasts:
+            return batch
+        wrong = [example.wrong for example in found]
+        made = ["" if text is None else self._begin(text) for text in wrong]
+        tokens, mask = self.tokenizer(made, self.config.max_length)
+        mask = mask * torch.tensor([[text is not None] for text in wrong])
+        return replace(batch, wrong_ids=tokens, wrong_mask=mask)
+
+    def _begin(self, text: str) -> str:
+        return f"{self.config.prompt} {text}"
+
+
+class ShardRows(Dataset[T]):
+    """A list of places -> a batch: read, decode, augment, collate. Runs in the data workers."""
 
     def __init__(
-        self, config: DataConfig, corpora: list[list[Group]], tokenizer: Tokenizer, image_size: int, seed: int
+        self,
+        config: DataConfig,
+        corpora: list[list[Group]],
+        collate: Collate[T],
+        image_size: int,
+        seed: int,
     ):
-        self.config, self.tokenizer, self.image_size, self.seed = config, tokenizer, image_size, seed
+        self.config, self.collate, self.image_size, self.seed = config, collate, image_size, seed
         self.groups = [(group, corpus) for corpus, groups in enumerate(corpora) for group in groups]
         # One for each corpus, or the groups that a large one has done with would push out those that a small
         # one still reads.
         self.recent: list[Recent[Row]] = [Recent(config.window) for _ in corpora]
 
-    def __getitem__(self, places: list[Place]) -> Batch:
+    def __getitem__(self, places: list[Place]) -> T:
         found = [example for place in places if (example := self._example(place))]
         if not found:
             where = self.groups[places[0][1]][0].path
@@ -187,21 +231,10 @@ class ShardRows(Dataset[Batch]):
                 f"{where}: a batch of {len(places)} rows begins here, and none of them has both a readable "
                 "image and a text; check the shards, or raise data.batch_size"
             )
-        pixels, texts, wrong, ids = zip(*found, strict=True)
-        tokens, mask = self.tokenizer([text for each in texts for text in each], self.config.max_length)
-        prompt_length = len(self.tokenizer.prompt(self.config.prompt)) - 1
-        batch = Batch(torch.stack(pixels), tokens, mask, torch.tensor(ids), prompt_length)
-        if not self.config.contrasts:
-            return batch
-        tokens, mask = self.tokenizer([text or "" for text in wrong], self.config.max_length)
-        mask = mask * torch.tensor([[text is not None] for text in wrong])
-        return replace(batch, wrong_ids=tokens, wrong_mask=mask)
+        return self.collate(found)
 
-    def _example(self, place: Place) -> tuple[torch.Tensor, list[str], str | None, int] | None:
-        """One row as (pixels, texts, the first of them made wrong, image id), None where one cannot be used.
-
-        Its chance is the place's.
-        """
+    def _example(self, place: Place) -> Example | None:
+        """One row, None where it cannot be used. Its chance is the place's."""
         epoch, group, row = place
         data, texts = self._rows(group)[row]
         cleaned = [text for text in (clean_caption(text, self.config.max_words) for text in texts) if text]
@@ -215,9 +248,7 @@ class ShardRows(Dataset[Batch]):
         pixels = train_transform(image, self.image_size, self.config.augmentation, rng)
         chosen = _draw(cleaned, self.config.texts_per_image, rng)
         wrong = contrast(chosen[0], self.config.contrasts, rng)
-        prompt = self.config.prompt
-        texts = [f"{prompt} {text}" for text in chosen]
-        return pixels, texts, None if wrong is None else f"{prompt} {wrong}", image_id(data)
+        return Example(pixels, chosen, wrong, image_id(data), rng.random())
 
     def _rows(self, number: int) -> list[Row]:
         group, corpus = self.groups[number]
@@ -273,10 +304,23 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> tuple[Iterator[Batch], int]:
+    """`collated_batches` for a MED or for the Q-Former's stage 1."""
+    return collated_batches(config, MedBatch(config, tokenizer), image_size, seed, first, rank, world)
+
+
+def collated_batches(
+    config: DataConfig,
+    collate: Collate[T],
+    image_size: int,
+    seed: int,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Iterator[T], int]:
     """Batches of process `rank` out of `world`, from number `first` on, for ever; and the rows of an epoch.
 
     Batch k of all processes together is `config.batch_size * world` rows, of which each process takes every
-    `world`-th. A `Batch` is shorter than `config.batch_size` by the rows that could not be used. With weights
+    `world`-th. A batch is shorter than `config.batch_size` by the rows that could not be used. With weights
     every entry of `config.shards` has epochs of its own, in which each of its rows comes once; the rows of an
     epoch are then the sum of the rows of all entries, after which a heavy one has come more than once and a
     light one only in part.
@@ -284,7 +328,7 @@ def training_batches(
     entries = [config.shards] if config.weights is None else [(entry,) for entry in config.shards]
     corpora = [find_groups(entry, config.columns) for entry in entries]
     places = _places(config, corpora, config.batch_size * world, seed, first)
-    rows = ShardRows(config, corpora, tokenizer, image_size, seed)
+    rows = ShardRows(config, corpora, collate, image_size, seed)
     stream = load(rows, places, config.workers, rank, world)
     return stream, sum(group.rows for groups in corpora for group in groups)
 

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from blip.checkpoint import save_model
 from blip.distributed import rank, world_size
 from blip.med import MED
 from blip.model import Blip
+from blip.vision import VisionEncoder
 from blip.vqa import BlipVQA
 from pipelines.config import as_tree, config_hash, load_config, save_config
 from pipelines.log import RunLog
 from pipelines.optim import OptimConfig, make_optimizer
 from pipelines.parallel import checkpoint_activations, optimizer_class, processes, wait_for_all
 from pipelines.trainer import STATE_FILE, TrainConfig, resume, train
+from qformer import Stage1, Stage2
+from qformer.qformer import QFormer
 
 # What may be another when a run goes on: how long it trains, and what computes the same.
 FREE = {
@@ -56,7 +60,7 @@ class Run(Protocol):
 
 
 R = TypeVar("R", bound=Run)
-M = TypeVar("M", Blip, BlipVQA)
+M = TypeVar("M", Blip, BlipVQA, Stage1, Stage2)
 
 
 def launch(
@@ -103,10 +107,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def make_cheaper(model: Blip | BlipVQA, config: TrainConfig) -> None:
+def make_cheaper(model: Blip | BlipVQA | Stage1 | Stage2, config: TrainConfig) -> None:
     """What makes a run cheaper, in memory or time, and computes the same."""
-    vision = model.vision.vit.blocks
-    texts = [part.blocks for part in model.children() if isinstance(part, MED)]
+    # A frozen encoder keeps no activations.
+    vision = model.vision.vit.blocks if isinstance(model.vision, VisionEncoder) else nn.ModuleList()
+    texts = [part.blocks for part in model.children() if isinstance(part, MED | QFormer)]
     checkpoint_activations(vision, config.checkpoint_blocks, config.checkpoint_backend)
     if config.checkpoint_backend == "torch":  # as BLIP: fairscale for the ViT only
         for blocks in texts:
@@ -132,8 +137,9 @@ def _train(
     optimizer = make_optimizer(model, run.optim, optimizer_class(run.train.optimizer_sharding))
     step = resume(out, model, optimizer, device)
     size, first = model.config.vision.image_size, step * run.train.accumulate
-    assert model.tokenizer is not None
-    stream, rows = batches(run.data, model.tokenizer, size, run.train.seed, first, rank(), world_size())
+    words = model.language.tokenizer if isinstance(model, Stage2) else model.tokenizer
+    assert words is not None
+    stream, rows = batches(run.data, words, size, run.train.seed, first, rank(), world_size())
     steps_per_epoch = max(1, rows // (run.data.batch_size * run.train.accumulate * world_size()))
     look = partial(inspect, model) if inspect else None
     with open_log(run, out, step) as log:

@@ -24,6 +24,9 @@ Checkpointing = Literal["torch", "fairscale"]
 Sharding = Literal["none", "zero1", "fairscale_oss"]
 
 
+DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of frozen weights
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises ValueError for a device that is not there."""
     if name == "auto":

@@ -36,7 +36,12 @@ DOORS = {  # library -> the files it may enter by, so that replacing it is one f
     "torch.distributed": ["blip/distributed.py", "pipelines/parallel.py"],
     "torch.nn.parallel": ["pipelines/parallel.py"],
     # the bench measures our models beside those of transformers
-    "transformers": ["blip/tokenizer.py", "qformer/language.py", "pipelines/bench.py"],
+    "transformers": [
+        "blip/tokenizer.py",
+        "qformer/language.py",
+        "pipelines/bench.py",
+        "pipelines/train_language.py",
+    ],
     "yaml": ["pipelines/config.py"],
 }
 LIBRARIES = ("blip", "capfilt", "qformer")  # these use logging, an entry point may print

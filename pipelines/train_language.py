@@ -1,0 +1,239 @@
+"""Pre-train a tiny language model on texts of the generated world, without a picture, for stage 2 to freeze.
+
+Its texts are captions, and captions with a question about them and its answer: what a soft prompt that stands
+for the caption will be asked. OUT becomes a folder of transformers, weights and tokenizer, as a downloaded
+OPT or FlanT5 is one.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from pipelines.config import parse_args, run_main, save_config
+from pipelines.optim import OptimConfig, lr_at, make_optimizer
+from pipelines.world import WorldConfig, make_scene
+from pipelines.world_captions import brief_captions, captions
+from pipelines.world_questions import ask
+from qformer.stage2 import QUESTION
+from qformer.texts import EncoderDecoderTokenizer, split_prefix
+
+IMAGE_TOKEN = "<image>"  # so that `export_hf` of a stage 2 finds a row for it
+SPARE = 8  # rows of the word embedding that no token has
+
+
+@dataclass(frozen=True)
+class OPTShape:
+    """A causal language model."""
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    ffn_dim: int = 512
+    max_position_embeddings: int = 128
+
+
+@dataclass(frozen=True)
+class T5Shape:
+    """An encoder-decoder language model, gated as FlanT5."""
+
+    d_model: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    d_kv: int = 32
+    d_ff: int = 256
+
+
+@dataclass(frozen=True)
+class LanguageRun:
+    out: str
+    opt: OPTShape | None = None
+    t5: T5Shape | None = None  # or
+    world: WorldConfig = field(default_factory=WorldConfig)
+    scenes: int = 20_000  # of which the texts tell
+    vocabulary: int = 320  # tokens
+    steps: int = 1500
+    batch_size: int = 64
+    length: int = 64  # tokens of a causal model's row; more than a soft prompt and a text have
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.opt is None) == (self.t5 is None):
+            raise ValueError("give either opt or t5, the shape of the language model")
+
+
+def world_texts(config: WorldConfig, scenes: int, seed: int) -> list[str]:
+    """Captions, brief and detailed, and captions with a question and its answer; three of each scene."""
+    found = []
+    for number in range(scenes):
+        rng = np.random.default_rng([seed, number])
+        scene = make_scene(config, rng)
+        asked = list(ask(scene, config.palette(), rng))
+        question, answers = asked[int(rng.integers(len(asked)))]
+        (brief,), (detailed,) = brief_captions(scene, rng, 1), captions(scene, rng, 1)
+        told = (brief, detailed)[int(rng.integers(2))]
+        found += [
+            brief,
+            detailed,
+            f"{told} {QUESTION.format(question)} {max(answers, key=answers.__getitem__)}",
+        ]
+    return found
+
+
+# ---- a causal model, as OPT ----------------------------------------------------------------------
+
+
+def opt_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: a space belongs to the word behind it, a line break is a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "</s>", IMAGE_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def new_opt(shape: OPTShape, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+    config = OPTConfig(
+        **asdict(shape),
+        word_embed_proj_dim=shape.hidden_size,
+        vocab_size=len(tokenizer) + SPARE,
+        dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return OPTForCausalLM(config)
+
+
+def opt_batches(
+    run: LanguageRun, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[dict[str, Tensor]]:
+    """Rows [B, length] cut from one long text, where every line ends; for ever."""
+    rng = random.Random(run.seed)
+    lines = [row + tokenizer("\n")["input_ids"] for row in tokenizer(texts)["input_ids"]]
+    while True:
+        rng.shuffle(lines)
+        tokens = torch.tensor([token for line in lines for token in line])
+        rows = tokens[: len(tokens) // run.length * run.length].view(-1, run.length)
+        for ids in rows.split(run.batch_size):
+            yield {"input_ids": ids, "labels": ids}
+
+
+# ---- an encoder-decoder, as FlanT5 ---------------------------------------------------------------
+
+
+def t5_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Unigram pieces with a mark for spaces, and </s> behind every text."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>", IMAGE_TOKEN]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], special_tokens=[("</s>", special.index("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def new_t5(shape: T5Shape, tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
+    config = T5Config(
+        **asdict(shape),
+        vocab_size=len(tokenizer) + SPARE,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def t5_batches(
+    run: LanguageRun, texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[dict[str, Tensor]]:
+    """Beginnings to read and the rest to write, and questions with their answers; for ever."""
+    rng, words = random.Random(run.seed), EncoderDecoderTokenizer(tokenizer)
+    asking, answering = QUESTION.split("{}")
+    while True:
+        drawn = rng.choices(texts, k=run.batch_size)
+        pairs = [
+            (f"{text.rpartition(answering)[0]}{answering}", text.rpartition(answering)[2])
+            if asking in text
+            else split_prefix(text, rng.random())
+            for text in drawn
+        ]
+        given, wanted = zip(*pairs, strict=True)
+        found = words(given, wanted, run.length)
+        yield {"input_ids": found.ids, "attention_mask": found.mask, "labels": found.labels}
+
+
+# ---- both ----------------------------------------------------------------------------------------
+
+
+def pretrain(run: LanguageRun, lm: PreTrainedModel, batches: Iterator[dict[str, Tensor]]) -> None:
+    """Plain next-word training; minutes, so a stopped run begins again."""
+    optimizer = make_optimizer(lm, run.optim)
+    for step in range(run.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(run.optim, step, run.steps, run.steps)
+        loss = lm(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), run.optim.grad_clip or torch.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 100 == 0 or step + 1 == run.steps:
+            print(f"step {step + 1}/{run.steps} | lm {float(loss):.3f}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    run = parse_args(argv, LanguageRun)
+    torch.manual_seed(run.seed)
+    texts = world_texts(run.world, run.scenes, run.seed)
+    if run.opt is not None:
+        tokenizer = opt_tokenizer(texts, run.vocabulary)
+        lm: PreTrainedModel = new_opt(run.opt, tokenizer)
+        batches = opt_batches(run, texts, tokenizer)
+    else:
+        tokenizer = t5_tokenizer(texts, run.vocabulary)
+        lm = new_t5(run.t5 or T5Shape(), tokenizer)
+        batches = t5_batches(run, texts, tokenizer)
+    print(f"{lm.num_parameters() / 1e6:.1f}M parameters, {len(texts)} texts, {len(tokenizer)} tokens")
+    pretrain(run, lm.train(), batches)
+    save_config(run, Path(run.out))
+    lm.save_pretrained(run.out)
+    tokenizer.save_pretrained(run.out)
+    print(f"saved {run.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
