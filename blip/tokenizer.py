@@ -1,4 +1,7 @@
-"""BERT word pieces plus [DEC] and [ENC], and the papers' clean-up of captions. The door of transformers."""
+"""BERT word pieces plus [DEC] and [ENC], CLIP's byte pairs, and the papers' clean-up of captions.
+
+The door of transformers.
+"""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
-from transformers import BertTokenizer
+from transformers import BertTokenizer, CLIPTokenizer
 
 BERT_VOCABULARY = "bert-base-uncased"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -58,10 +61,7 @@ class Tokenizer:
 
         A text is nothing but words: "[SEP]" in it becomes the words "[", "sep", "]".
         """
-        encoded = self._bert(
-            list(texts), padding="longest", truncation=True, max_length=max_length, split_special_tokens=True
-        )
-        return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
+        return _encode(self._bert, texts, max_length)
 
     def prompt(self, text: str) -> Tensor:
         """[P] ids of a decoder prompt: [DEC] and the words, without the closing [SEP]."""
@@ -83,6 +83,35 @@ class Tokenizer:
         found = self._bert.convert_tokens_to_ids(token)
         assert isinstance(found, int)
         return found
+
+
+class ClipTokenizer:
+    """Texts -> ids of CLIP: <|startoftext|>, byte pairs in lower case, <|endoftext|>.
+
+    `folder` holds what transformers' CLIPTokenizer wrote: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._clip = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    @staticmethod
+    def of(folder: Path) -> "ClipTokenizer | None":
+        """None where the folder has none."""
+        found = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        return ClipTokenizer(folder) if found else None
+
+    def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+        """As `Tokenizer`. A text that is cut keeps its end."""
+        return _encode(self._clip, texts, max_length)
+
+
+def _encode(
+    tokenizer: BertTokenizer | CLIPTokenizer, texts: Sequence[str], max_length: int
+) -> tuple[Tensor, Tensor]:
+    encoded = tokenizer(
+        list(texts), padding="longest", truncation=True, max_length=max_length, split_special_tokens=True
+    )
+    return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
 
 
 def write_vocabulary(words: Sequence[str], folder: str | Path) -> None:

@@ -5,7 +5,7 @@ The writer sees no padding of a question, in training and in answering. (In sale
 it does when it answers, so that there an answer depends on the longest question of the batch.)
 
 Shapes: B questions, T positions of the longest one, A answers in training (one or more to a question),
-U positions of the longest answer, D width.
+U positions of the longest answer, C candidate answers, D width.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.checkpoint import save_model
 from blip.distributed import share
-from blip.generate import Decoding, generate
+from blip.generate import Decoding, generate, highest
 from blip.layers import KV
 from blip.losses import weighted_lm_loss
 from blip.med import MED, MEDConfig
@@ -25,7 +26,8 @@ from blip.model import IGNORED, BlipConfig, begin, lm_targets
 from blip.tokenizer import Tokenizer, clean_question
 from blip.vision import VisionEncoder
 
-MAX_QUESTION = 35  # tokens; salesforce/BLIP models/blip_vqa.py
+MAX_QUESTION, MAX_ANSWER = 35, 40  # tokens; salesforce/BLIP models/blip_vqa.py, which does not cut answers
+AT_ONCE = 16  # questions whose candidates are scored together: with 128 each 1 GB of logits in fp32
 ANSWER = Decoding(beams=3, min_length=1, max_length=10)  # as there
 
 
@@ -55,9 +57,14 @@ class BlipVQA(nn.Module):
         self.reader = MED(replace(config.text, reads=True, writes=False), config.vision.width)
         self.writer = MED(replace(config.text, reads=False, writes=True), config.text.width)
 
-    def read(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """States [B, T, D] of questions, ids and mask [B, T], that start with [CLS], about B images."""
+    def read(self, pixels: Tensor, ids: Tensor, mask: Tensor, images: Sequence[int] | None = None) -> Tensor:
+        """States [B, T, D] of questions, ids and mask [B, T], that start with [CLS].
+
+        Question b is about image b of `pixels`, or about image `images[b]`: an image is encoded once.
+        """
         image = self.reader.project_image(self.vision(pixels))
+        if images is not None:
+            image = [(keys[list(images)], values[list(images)]) for keys, values in image]
         return self.reader.match(begin(ids, self.config.enc_id), mask, image)
 
     @torch.no_grad()
@@ -67,21 +74,69 @@ class BlipVQA(nn.Module):
         questions: Sequence[str],
         decoding: Decoding = ANSWER,
         seeds: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
     ) -> list[str]:
         """One answer per question. `pixels` [B, 3, S, S]; `seeds`, one per question, are for nucleus.
 
         An answer depends on its question, its image and its seed, never on the rest of the batch (up to
-        rounding). Questions are cleaned up as in training.
+        rounding). Questions are cleaned up as in training. `images`: as for `read`.
         """
-        if self.tokenizer is None:
-            raise ValueError("answers need a tokenizer: BlipVQA(config, tokenizer) or load_vqa(folder)")
-        cleaned = [clean_question(question) for question in questions]
-        ids, mask = (x.to(pixels.device) for x in self.tokenizer(cleaned, MAX_QUESTION))
-        memory = self.writer.project_image(self.read(pixels, ids, mask))
+        memory, mask = self._remember(pixels, questions, images)
+        assert self.tokenizer is not None
         start = torch.tensor([self.config.dec_id], device=pixels.device)
         masked = [*memory, (mask, mask)]
         found = generate(_MaskedWriter(self.writer), masked, start, self.tokenizer.sep, decoding, seeds)
         return self.tokenizer.decode(found[:, 1:])
+
+    @torch.no_grad()
+    def rank(
+        self,
+        pixels: Tensor,
+        questions: Sequence[str],
+        candidates: tuple[Tensor, Tensor],
+        k: int = 128,
+        images: Sequence[int] | None = None,
+    ) -> list[int]:
+        """For each question the number of the best candidate: ids and mask [C, U] that start with [CLS].
+
+        As `rank_answer` of salesforce/BLIP models/blip_vqa.py: of the `k` whose first word is likeliest, the
+        one whose words have the smallest loss in sum, labels smoothed as in training. Of equals the first.
+        """
+        memory, mask = self._remember(pixels, questions, images)
+        ids, real = (tensor.to(pixels.device) for tensor in candidates)
+        ids = begin(ids, self.config.dec_id)
+        first, _ = self.writer.write(ids[:1, :1].expand(len(mask), 1), memory, image_mask=mask)
+        odds = self.writer.logits(first[:, 0]).float().softmax(-1)[:, ids[:, 1]]  # [B, C]
+        _, chosen = highest(odds, min(k, len(ids)))  # [B, k]
+        losses = []
+        for start in range(0, len(chosen), AT_ONCE):
+            few = slice(start, start + AT_ONCE)
+            numbers, seen = chosen[few].flatten(), [(keys[few], values[few]) for keys, values in memory]
+            losses.append(self._losses(ids[numbers], real[numbers], seen, mask[few]))
+        best = torch.cat(losses).view_as(chosen).argmin(1, keepdim=True)
+        return [int(number) for number in chosen.gather(1, best)[:, 0]]
+
+    def _remember(
+        self, pixels: Tensor, questions: Sequence[str], images: Sequence[int] | None
+    ) -> tuple[list[KV], Tensor]:
+        """What the writer sees of questions: keys and values of each block, and the mask [B, T]."""
+        if self.tokenizer is None:
+            raise ValueError("answers need a tokenizer: BlipVQA(config, tokenizer) or load_vqa(folder)")
+        cleaned = [clean_question(question) for question in questions]
+        ids, mask = (x.to(pixels.device) for x in self.tokenizer(cleaned, MAX_QUESTION))
+        return self.writer.project_image(self.read(pixels, ids, mask, images)), mask
+
+    def _losses(self, ids: Tensor, real: Tensor, memory: list[KV], mask: Tensor) -> Tensor:
+        """Cross-entropy of answers, ids and mask `real` [k * B, U], summed over their words: [k * B]."""
+        longest = int(real.sum(1).max())
+        ids, real = ids[:, :longest], real[:, :longest]
+        states, _ = self.writer.write(ids[:, :-1], memory, image_mask=mask)
+        targets = lm_targets(ids, real, prompt_length=0)
+        counts = targets != IGNORED
+        logits = self.writer.logits(states[counts]).float()  # [M, V], of the M words that count
+        smoothing = self.config.label_smoothing
+        each = F.cross_entropy(logits, targets[counts], label_smoothing=smoothing, reduction="none")  # [M]
+        return torch.zeros(targets.shape, device=ids.device).masked_scatter(counts, each).sum(1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `load_vqa` loads."""

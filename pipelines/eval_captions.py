@@ -6,21 +6,24 @@ reference, such as NoCaps' test set, gets captions and no score.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from blip.generate import BEAM_SEARCH, Decoding
 from blip.model import Blip
 from blip.weights import load_blip
-from capfilt.captioner import Captioner
+from capfilt.captioner import Captioner, caption_seed
 from capfilt.shards import write_json_atomically
 from pipelines.config import parse_args, run_main, save_config
 from pipelines.metrics import TOKENIZER, bleu, cider_d, distinct_n, rouge_l, unique_share
-from pipelines.parallel import Precision, autocast, pick_device
-from pipelines.testset import TestImage, batches_of_pixels, provenance, read_testset
+from pipelines.parallel import DTYPE, Precision, autocast, pick_device
+from pipelines.testset import TestImage, batches_of_pixels, provenance, read_testset, server_id
+from qformer import Stage2, load_stage2
+from qformer.weights import is_blip2
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class CaptionProtocol:
 @dataclass(frozen=True)
 class CaptionRun:
     out: str
-    model: str  # that writes: a pre-trained MED or a captioner
+    model: str  # that writes: a MED, pre-trained or a captioner, or a stage 2 of BLIP-2
     shards: tuple[str, ...]  # clean shards of the test set
     protocol: CaptionProtocol = field(default_factory=CaptionProtocol)
     limit: int | None = None  # the first so many images; null: all
@@ -47,15 +50,19 @@ class CaptionRun:
 def main(argv: list[str]) -> int:
     run = parse_args(argv, CaptionRun)
     device = pick_device(run.device)
-    model = load_blip(run.model, image_size=run.protocol.image_size).to(device)
+    size = run.protocol.image_size
+    if is_blip2(run.model):
+        model: Blip | Stage2 = load_stage2(run.model, image_size=size, dtype=DTYPE[run.precision])
+    else:
+        model = load_blip(run.model, image_size=size)
+    model.to(device)
     with torch.inference_mode(), autocast(device, run.precision):
         images = read_testset(run.shards, run.limit)
         captions, references = write_captions(model, images, run.protocol, run.batch_size)
     out = Path(run.out)
     save_config(run, out)
-    write_json_atomically(
-        out / "captions.json", [{"image_id": _id(key), "caption": text} for key, text in captions.items()]
-    )
+    rows = [{"image_id": server_id(key), "caption": text} for key, text in captions.items()]
+    write_json_atomically(out / "captions.json", rows)
     protocol = asdict(run.protocol) | {"tokenizer": TOKENIZER, "precision": run.precision}
     protocol["image_size"] = model.config.vision.image_size
     metrics = score_captions(captions, references)
@@ -68,23 +75,35 @@ def main(argv: list[str]) -> int:
 
 
 def write_captions(
-    model: Blip, images: Iterable[TestImage], protocol: CaptionProtocol, batch_size: int
+    model: Blip | Stage2, images: Iterable[TestImage], protocol: CaptionProtocol, batch_size: int
 ) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
     """(key -> caption, key -> references), in order.
 
     Errors: ValueError for an image that cannot be decoded, or where there is none.
     """
-    caption = Captioner(model, protocol.decoding, protocol.prompt, captions=1, seed=0)
+    caption = captioner_of(model, protocol)
     device = next(model.parameters()).device
     captions: dict[str, str] = {}
     references: dict[str, Sequence[str]] = {}
     for chosen, pixels in batches_of_pixels(images, model.config.vision.image_size, batch_size, device):
         keys = [image.key for image in chosen]
-        captions |= {key: texts[0] for key, texts in zip(keys, caption(pixels, keys), strict=True)}
+        captions |= dict(zip(keys, caption(pixels, keys), strict=True))
         references |= {image.key: image.texts for image in chosen}
     if not captions:
         raise ValueError("the test set has no image; shards must name clean shards with rows")
     return captions, references
+
+
+def captioner_of(
+    model: Blip | Stage2, protocol: CaptionProtocol
+) -> Callable[[Tensor, Sequence[str]], list[str]]:
+    """[B, 3, S, S] and the keys of B images -> a caption of each, the prompt not repeated."""
+    decoding, prompt = protocol.decoding, protocol.prompt
+    if isinstance(model, Stage2):
+        write = model.caption
+        return lambda pixels, keys: write(pixels, prompt, decoding, [caption_seed(0, key, 0) for key in keys])
+    several = Captioner(model, decoding, prompt, captions=1, seed=0)
+    return lambda pixels, keys: [texts[0] for texts in several(pixels, keys)]
 
 
 def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -107,11 +126,6 @@ def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequenc
 def describe(metrics: Mapping[str, float]) -> str:
     """Lines for a person, times 100, as papers print it."""
     return "\n".join(f"  {name:<16}{100 * value:6.1f}" for name, value in metrics.items())
-
-
-def _id(key: str) -> int | str:
-    """COCO's ids are numbers, and its server asks for them."""
-    return int(key) if key.isascii() and key.isdigit() and str(int(key)) == key else key
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from blip.weights import load_blip
 from capfilt.shards import write_json_atomically
 from pipelines.config import parse_args, run_main, save_config
 from pipelines.parallel import Precision, autocast, pick_device
-from pipelines.retrieval import Texts, rerank, retrieval_metrics, text_features
+from pipelines.retrieval import Retriever, Texts, rerank, retrieval_metrics, text_features
 from pipelines.testset import TestImage, batches_of_pixels, provenance, read_testset
+from qformer import load_stage1
+from qformer.weights import is_blip2
 
 SCORE = {False: "ITC cosine", True: "ITM logit + ITC cosine on the best k, the others behind them"}
 
@@ -43,7 +45,7 @@ class RetrievalProtocol:
 @dataclass(frozen=True)
 class RetrievalRun:
     out: str
-    model: str  # that reads: a pre-trained MED or one fine-tuned with ITC and ITM
+    model: str  # that reads: a MED, pre-trained or fine-tuned with ITC and ITM, or a stage 1 of BLIP-2
     shards: tuple[str, ...]  # clean shards of the test set
     protocol: RetrievalProtocol = RetrievalProtocol()
     limit: int | None = None  # the first so many images; null: all
@@ -55,7 +57,8 @@ class RetrievalRun:
 def main(argv: list[str]) -> int:
     run = parse_args(argv, RetrievalRun)
     device = pick_device(run.device)
-    model = load_blip(run.model, image_size=run.protocol.image_size).to(device)
+    load = load_stage1 if is_blip2(run.model) else load_blip
+    model = load(run.model, image_size=run.protocol.image_size).to(device)
     with torch.inference_mode(), autocast(device, run.precision):
         images = read_testset(run.shards, run.limit)
         found = evaluate_retrieval(model, images, run.protocol, run.batch_size)
@@ -82,7 +85,7 @@ class Encoded:
 
 
 def evaluate_retrieval(
-    model: Blip, images: Iterable[TestImage], protocol: RetrievalProtocol, batch_size: int
+    model: Retriever, images: Iterable[TestImage], protocol: RetrievalProtocol, batch_size: int
 ) -> dict[str, Any]:
     """{"images": I, "texts": T, "itc": recalls}, and "itm", re-ranked, with k. Errors: as `encode`."""
     found = encode(model, images, batch_size, protocol.max_words, protocol.max_length)
@@ -96,14 +99,15 @@ def evaluate_retrieval(
 
 
 def encode(
-    model: Blip, images: Iterable[TestImage], batch_size: int, max_words: int, max_length: int
+    model: Retriever, images: Iterable[TestImage], batch_size: int, max_words: int, max_length: int
 ) -> Encoded:
     """Encode every image and text once.
 
     All image tokens are kept: 1.8 MB an image for ViT-B at 384 px in fp32, half of that in bf16.
     Errors: ValueError for an image that has no text or cannot be decoded, or where there is none.
     """
-    if model.tokenizer is None or not model.config.text.reads:
+    reads = not isinstance(model, Blip) or model.config.text.reads
+    if model.tokenizer is None or not reads:
         raise ValueError("this needs a model that reads texts (ITC, ITM) and its vocabulary")
     device = next(model.parameters()).device
     keep = torch.bfloat16 if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
@@ -124,7 +128,7 @@ def encode(
     texts = Texts(ids, mask, torch.tensor(owners, device=device))
     written = text_features(model, texts)
     with torch.autocast(device.type, enabled=False):  # bf16 would make ties of what differs
-        return Encoded(tokens, texts, torch.cat(features) @ written.T)
+        return Encoded(tokens, texts, model.similarity(torch.cat(features), written))
 
 
 def describe(name: str, metrics: dict[str, float]) -> str:

@@ -1,13 +1,14 @@
 """Rows for visual question answering: an image, and the questions about it with their weighted answers.
 
 `VQA` is to questions what `capfilt.schema.CLEAN` is to captions: what `pipelines.ingest_vqa` writes, training
-reads, and evaluation will.
+and evaluation read.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as kind
@@ -46,6 +47,14 @@ class Question:
 def weighed(texts: Sequence[str]) -> tuple[Answer, ...]:
     """What people answered -> every different answer, with the share of the people who gave it."""
     return tuple(Answer(text, count / len(texts)) for text, count in Counter(texts).items())
+
+
+def read_question(found: dict[str, Any] | None) -> Question:
+    """A question of a row; what is null is empty, and answers without text are left out."""
+    found = found or {}
+    answers = (answer for answer in found.get("answers") or [] if answer and answer["text"])
+    given = tuple(Answer(answer["text"], answer["weight"] or 0.0) for answer in answers)
+    return Question(found.get("id") or "", found.get("question") or "", given)
 
 
 def is_vqa(schema: pa.Schema) -> bool:

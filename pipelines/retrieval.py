@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from blip.model import Blip
+from qformer import Stage1
 
 CUTS = (1, 5, 10)
+
+Retriever = Blip | Stage1
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def retrieval_metrics(to_text: Tensor, to_image: Tensor, image_of_text: Tensor) 
 
 
 @torch.inference_mode()
-def text_features(model: Blip, texts: Texts, batch: int = 256) -> Tensor:
+def text_features(model: Retriever, texts: Texts, batch: int = 256) -> Tensor:
     """Unit ITC features [T, E]; texts of like length share a batch, so little padding is computed."""
     order = texts.mask.sum(1).argsort()
     features = torch.cat([model.encode_texts(*_cut(texts, rows)) for rows in order.split(batch)])
@@ -61,7 +64,12 @@ def text_features(model: Blip, texts: Texts, batch: int = 256) -> Tensor:
 
 @torch.inference_mode()
 def rerank(
-    model: Blip, images: Iterator[tuple[int, Tensor]], texts: Texts, cosine: Tensor, k: int, batch: int = 256
+    model: Retriever,
+    images: Iterator[tuple[int, Tensor]],
+    texts: Texts,
+    cosine: Tensor,
+    k: int,
+    batch: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Scores [I, T] and [T, I] whose best k of each row carry ITM logit + cosine, the others cosine - 1000.
 
@@ -74,7 +82,7 @@ def rerank(
     of_text = torch.zeros_like(of_image).scatter_(0, cosine.topk(k_image, 0).indices, True)  # [I, T]
     matched = torch.zeros_like(cosine)
     for number, tokens in images:
-        projected = model.med.project_image(tokens)
+        projected = model.project_image(tokens)
         chosen = (of_image | of_text)[number].nonzero()[:, 0]
         chosen = chosen[texts.mask[chosen].sum(1).argsort()]
         for rows in chosen.split(batch):

@@ -1,15 +1,17 @@
-"""Held-out images with their captions, from clean shards; and what is written beside a result.
+"""Held-out images with their captions or questions, from shards; and what is written beside a result.
 
-`pipelines.ingest` makes such shards of COCO, Flickr30k, NoCaps and others, one row an image, in the order of
-the annotations.
+`pipelines.ingest` and `pipelines.ingest_vqa` make such shards, one row an image, in the order of the
+annotations.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +23,25 @@ from capfilt.parquet import open_parquet
 from capfilt.schema import ShardError
 from capfilt.shards import input_fingerprint
 from pipelines.data import files_in, is_clean
+from pipelines.questions import Question, is_vqa, read_question
 
 THREADS = 8  # they decode; Pillow does so without holding Python's lock
 READ_ROWS = 64
+MOST_QUESTIONS = 8  # about an image at a time; Visual Genome has a hundred about some
+MOST_NAMES = 8  # shown in an error
+
+
+class Stored(Protocol):
+    """An image as it is stored, and its name."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def data(self) -> bytes: ...
+
+
+I = TypeVar("I", bound=Stored)  # noqa: E741 - an image
 
 
 @dataclass(frozen=True)
@@ -37,9 +55,28 @@ class TestImage:
     texts: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class AskedImage:
+    """An image as it is stored, and questions about it, at most MOST_QUESTIONS."""
+
+    key: str
+    data: bytes
+    questions: tuple[Question, ...]
+
+
 def read_testset(shards: Sequence[str], limit: int | None = None) -> Iterator[TestImage]:
     """Every row of clean shards, or the first `limit`. ValueError for other shards or a double key."""
-    return islice(_read(files(shards)), limit)
+    for row in islice(_rows(shards, "captions", is_clean, "clean shard", "make shards"), limit):
+        texts = tuple(caption["text"] for caption in row["captions"] or [] if caption["text"])
+        yield TestImage(row["key"], _bytes(row), texts)
+
+
+def read_questions(shards: Sequence[str], limit: int | None = None) -> Iterator[AskedImage]:
+    """As `read_testset`, of shards of questions; an image with many questions comes several times."""
+    for row in islice(_rows(shards, "questions", is_vqa, "shard of questions", "make vqa-shards"), limit):
+        found = [read_question(question) for question in row["questions"] or []]
+        for start in range(0, len(found), MOST_QUESTIONS):
+            yield AskedImage(row["key"], _bytes(row), tuple(found[start : start + MOST_QUESTIONS]))
 
 
 def files(shards: Sequence[str]) -> list[Path]:
@@ -52,37 +89,44 @@ def files(shards: Sequence[str]) -> list[Path]:
     return found
 
 
-def _read(paths: Iterable[Path]) -> Iterator[TestImage]:
+def _rows(
+    shards: Sequence[str], column: str, fits: Callable[[Any], bool], kind: str, maker: str
+) -> Iterator[dict[str, Any]]:
+    """Rows {key, image, `column`} of files whose columns fit."""
     seen: set[str] = set()
-    for path in paths:
+    for path in files(shards):
         with open_parquet(path) as file:
-            if not is_clean(file.schema_arrow) or "key" not in file.schema_arrow.names:
-                raise ShardError(
-                    f"{path}: is no clean shard {{key, image, captions}}; `make shards` writes them"
-                )
-            for rows in file.iter_batches(READ_ROWS, columns=["key", "image", "captions"]):
+            if not fits(file.schema_arrow) or "key" not in file.schema_arrow.names:
+                raise ShardError(f"{path}: is no {kind} {{key, image, {column}}}; `{maker}` writes them")
+            for rows in file.iter_batches(READ_ROWS, columns=["key", "image", column]):
                 for row in rows.to_pylist():
                     if row["key"] in seen:
                         raise ShardError(
                             f"{path}: the key {row['key']} came before; a test image counts once"
                         )
                     seen.add(row["key"])
-                    texts = tuple(caption["text"] for caption in row["captions"] or [] if caption["text"])
-                    data = (row["image"] or {}).get("bytes") or b""
-                    yield TestImage(row["key"], data, texts)
+                    yield row
+
+
+def _bytes(row: dict[str, Any]) -> bytes:
+    return (row["image"] or {}).get("bytes") or b""
 
 
 def batches_of_pixels(
-    images: Iterable[TestImage], image_size: int, batch_size: int, device: torch.device
-) -> Iterator[tuple[list[TestImage], Tensor]]:
+    images: Iterable[I],
+    image_size: int,
+    batch_size: int,
+    device: torch.device,
+    transform: Callable[[Any, int], Tensor] = image_transform,
+) -> Iterator[tuple[list[I], Tensor]]:
     """(B images, their pixels [B, 3, S, S]) in order; the next batch is decoded while one is in use.
 
     Errors: ValueError that names an image which cannot be decoded: a test set is whole, or another one.
     """
 
-    def pixels(image: TestImage) -> Tensor:
+    def pixels(image: I) -> Tensor:
         try:
-            return image_transform(decode(image.data), image_size)
+            return transform(decode(image.data), image_size)
         except ImageError as error:
             raise ValueError(
                 f"test image {image.key} cannot be decoded ({error}); make its shard again"
@@ -90,7 +134,7 @@ def batches_of_pixels(
 
     source = iter(images)
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting: tuple[list[TestImage], list[Tensor]] | None = None
+        waiting: tuple[list[I], list[Tensor]] | None = None
         while True:
             chosen = list(islice(source, batch_size))
             decoded = pool.map(pixels, chosen)
@@ -108,3 +152,20 @@ def provenance(model: str, shards: Sequence[str]) -> dict[str, object]:
         "weights": {"source": model, "sha256": digest(locate(model))},
         "data": {"shards": list(shards), "fingerprint": prints},
     }
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, for an error."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def refuse_doubles(what: str, names: Sequence[str]) -> None:
+    """ValueError that lists every name that comes more than once; `what` opens it."""
+    if doubles := [f"{name!r} {count} times" for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{what} {some(doubles)}; each must be there once")
+
+
+def server_id(key: str) -> int | str:
+    """As evaluation servers ask for it: COCO's ids are numbers."""
+    return int(key) if key.isascii() and key.isdigit() and str(int(key)) == key else key

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipelines.world_captions import VOCABULARY
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.yaml"))
 COMMAND = re.compile(r"python -m (pipelines\.\w+) (\S+\.yaml)")
-MAKE = re.compile(r"\bmake((?: [a-z]+(?:-[a-z0-9]+)*)(?: [A-Z]+=\S+)*)")
+MAKE = re.compile(r"\bmake((?: [a-z0-9]+(?:-[a-z0-9]+)*)(?: [A-Z]+=\S+)*)")
 
 
 def header(path: str) -> str:
@@ -122,6 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     small = WorldConfig(noisy_rows=48, clean_rows=32, test_rows=8, shard_rows=24, side=32)
     write_world(small, folder / "world")
+    write_world(replace(small, brief=True), folder / "brief")
     write_vocabulary(VOCABULARY, folder / "world" / "vocabulary")
     train_two_steps("pretrain", folder)
     return folder

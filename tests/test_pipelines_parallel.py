@@ -15,14 +15,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from test_blip_vqa_training import batch as vqa_batch
 from test_pipelines_trainer import disable_dropout, logged, wait, world, write_config
-from tiny import tiny_batch, tiny_blip
+from tiny import tiny_batch, tiny_blip, tiny_vqa
 from torch import Tensor, nn
 
 from blip.checkpoint import load_state
 from blip.distributed import Rows, share
 from blip.model import Batch, Blip
 from blip.momentum import MomentumConfig
+from blip.vqa import VqaBatch
 from pipelines import train_blip
 from pipelines.config import load_config
 from pipelines.launch import make_cheaper
@@ -124,6 +126,38 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
                     found[f"{name}/{key}"], value, atol=1e-6, rtol=1e-6, msg=lambda m, k=key, r=rank, n=name:
                     f"{n}, rank {r}, {k}: {m}"
                 )  # fmt: skip
+
+
+def vqa_gradients(batch: VqaBatch) -> dict[str, Tensor]:
+    """Of a step on questions, in float64; the loss as the log shows it."""
+    model = tiny_vqa(seed=3).double().eval()  # without dropout
+    parallel = data_parallel(model)  # must outlive the backward pass
+    loss = parallel(batch)["lm"]
+    loss.backward()
+    mean = mean_over_ranks(torch.stack([loss.detach()]))
+    return {name: w.grad for name, w in model.named_parameters() if w.grad is not None} | {"lm": mean}
+
+
+def vqa_gradients_of_this_rank() -> dict[str, Tensor]:
+    """Question 0 is rank 0's, with one answer; questions 1 and 2 are rank 1's, with five."""
+    whole, first, end = vqa_batch(), *((0, 1), (1, 3))[dist.get_rank()]
+    owned = (whole.owner >= first) & (whole.owner < end)
+    questions = (field[first:end] for field in (whole.pixels, whole.ids, whole.mask))
+    answers = (field[owned] for field in (whole.answer_ids, whole.answer_mask, whole.weights))
+    return vqa_gradients(VqaBatch(*questions, *answers, whole.owner[owned] - first))
+
+
+def test_two_processes_answer_questions_with_the_gradients_of_one(tmp_path: Path) -> None:
+    """Though they have unlike numbers of questions, of answers, and of words."""
+    ranks = in_processes(vqa_gradients_of_this_rank, tmp_path)
+    one = vqa_gradients(vqa_batch())
+    assert len(one) > 20
+    for found in ranks:
+        assert found.keys() == one.keys()
+        for name, gradient in one.items():
+            torch.testing.assert_close(
+                found[name], gradient, atol=1e-9, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def own_negatives() -> dict[str, Tensor]:
