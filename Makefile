@@ -14,10 +14,10 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench world world-vqa shards vqa-shards pretrain captioner filter vqa tiny-weights capfilt select calibrate curves eval-retrieval eval-captions eval-filter bootstrap ablation clean
+.PHONY: help setup demo test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 tiny-weights capfilt select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter bootstrap ablation clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS ROUNDS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
@@ -55,6 +55,9 @@ world: $(READY)  ## draw the generated corpus: noisy, clean and test shards with
 world-vqa: $(READY)  ## questions about the generated corpus, answered from its truth
 	$(RUN) pipelines.world_questions $(or $(CONFIG),configs/tiny/world_questions.yaml) $(FOLDER) $(ARGS)
 
+world-classes: $(READY)  ## single shapes of the generated corpus, a folder for each class
+	$(RUN) pipelines.world_classes $(or $(CONFIG),configs/tiny/world_classes.yaml) $(FOLDER) $(ARGS)
+
 shards: $(READY)  ## clean shards from COCO, Flickr30k, NoCaps, a folder or a table: CONFIG=configs/ingest_coco.yaml
 	$(RUN) pipelines.ingest $(or $(CONFIG),configs/ingest_folder.yaml) $(FOLDER) $(ARGS)
 
@@ -73,6 +76,18 @@ filter: $(READY)  ## fine-tune a filter: ITC + ITM; tiny, unless CONFIG is confi
 vqa: $(READY)  ## fine-tune for visual question answering; tiny, unless CONFIG is configs/vqa.yaml or your own
 	$(TRAIN)pipelines.train_vqa $(or $(CONFIG),configs/tiny/vqa.yaml) $(SHARDS) $(FOLDER) $(ARGS)
 
+language: $(READY)  ## pre-train a tiny language model on texts of the generated corpus, for stage 2 to freeze
+	$(RUN) pipelines.train_language $(or $(CONFIG),configs/tiny/language_opt.yaml) $(FOLDER) $(ARGS)
+
+stage1: $(READY)  ## BLIP-2, Q-Former beside a frozen ViT: ITC + ITM + ITG; tiny, unless CONFIG is configs/stage1.yaml
+	$(TRAIN)pipelines.train_stage1 $(or $(CONFIG),configs/tiny/stage1.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+stage2-opt: $(READY)  ## BLIP-2, Q-Former into a frozen OPT; tiny, unless CONFIG is configs/stage2_opt.yaml
+	$(TRAIN)pipelines.train_stage2 $(or $(CONFIG),configs/tiny/stage2_opt.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+stage2-flant5: $(READY)  ## BLIP-2, Q-Former into a frozen FlanT5; tiny, unless CONFIG is configs/stage2_flant5.yaml
+	$(TRAIN)pipelines.train_stage2 $(or $(CONFIG),configs/tiny/stage2_flant5.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
 tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
 	$(RUN) pipelines.world configs/tiny/world.yaml
 	$(RUN) pipelines.world configs/tiny/world_brief.yaml
@@ -89,6 +104,10 @@ select: needs-OUT $(READY)  ## keep the texts of OUT that score THRESHOLD (0.5),
 	$(RUN) pipelines.select $(or $(CONFIG),configs/select.yaml) 'out=$(OUT)' \
 		$(if $(THRESHOLD),threshold=$(THRESHOLD)) $(if $(FRACTION),fraction=$(FRACTION)) $(ARGS)
 
+report: needs-OUT $(READY)  ## a page to look at, OUT/report.html: examples, scores, a slider for the threshold
+	$(RUN) pipelines.report $(or $(CONFIG),configs/report.yaml) 'out=$(OUT)' \
+		$(if $(THRESHOLD),threshold=$(THRESHOLD)) $(ARGS)
+
 calibrate: needs-OUT $(READY)  ## the threshold for a wanted precision, from labelled rows of OUT: VERDICTS=verdicts.json
 	$(RUN) pipelines.calibrate $(or $(CONFIG),configs/calibrate.yaml) 'out=$(OUT)' \
 		$(if $(VERDICTS),'verdicts=$(VERDICTS)') $(ARGS)
@@ -104,6 +123,14 @@ eval-captions: $(READY)  ## BLEU, ROUGE-L, CIDEr-D of MODEL on clean shards; tin
 	$(RUN) pipelines.eval_captions $(or $(CONFIG),configs/tiny/eval_captions.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
 
+eval-vqa: $(READY)  ## VQA accuracy of MODEL on shards of questions, answers.json for the server; tiny, unless CONFIG says
+	$(RUN) pipelines.eval_vqa $(or $(CONFIG),configs/tiny/eval_vqa.yaml) \
+		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
+
+eval-zeroshot: $(READY)  ## zero-shot classes, shifts and a linear probe of MODEL on labelled images; tiny, unless CONFIG says
+	$(RUN) pipelines.eval_zeroshot $(or $(CONFIG),configs/tiny/eval_zeroshot.yaml) \
+		$(if $(MODEL),'model=$(MODEL)') $(if $(IN),'sets={test: {images: $(IN)}}') $(FOLDER) $(ARGS)
+
 eval-filter: $(READY)  ## precision of MODEL as a filter on clean shards
 	$(RUN) pipelines.eval_filter $(or $(CONFIG),configs/tiny/eval_filter.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
@@ -117,7 +144,7 @@ ablation: $(READY)  ## BLIP's Table 1 over several seeds: raw, filtered, caption
 
 clean:  ## remove what the demo and the tools left; your runs and .venv stay
 	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find blip capfilt pipelines tests -name __pycache__ -prune -exec rm -rf {} +
+	find blip capfilt qformer pipelines tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Before anything is installed or loaded: stop, in one line and with status 2, where a variable is not given.
 needs-%:
