@@ -14,7 +14,7 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 tiny-weights capfilt select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter bootstrap ablation clean
+.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 tiny-weights capfilt select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter bootstrap ablation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ $(READY): requirements.lock
 
 demo: $(READY)  ## CapFilt from end to end on a generated corpus, on a CPU
 	$(RUN) pipelines.demo $(or $(CONFIG),configs/tiny/demo.yaml) $(FOLDER) $(ARGS)
+
+demo-qformer: $(READY)  ## BLIP-2 on the generated corpus: both stages, captions and answers of an OPT and a FlanT5
+	$(RUN) pipelines.demo_qformer $(or $(CONFIG),configs/tiny/demo_qformer.yaml) $(FOLDER) $(ARGS)
 
 test: $(READY)  ## all tests; ARGS='-k select' for some
 	OMP_NUM_THREADS=1 $(RUN) pytest -q $(ARGS)

@@ -1,0 +1,153 @@
+"""BLIP-2 on the generated world: a Q-Former between a frozen ViT and language models that saw no picture.
+
+Pre-trains a tiny OPT and a tiny FlanT5 on texts alone, trains stage 1, and stage 2 into each of them; then
+captions held-out pictures and answers questions about them, judged by the world's own truth. Everything lies
+under OUT, with a manifest of all commands; run again, it goes on where it stopped.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.config import load_config, parse_args, run_main
+from pipelines.steps import Entry, Step, check_steps, run_step
+from pipelines.testset import TestImage, batches_of_pixels, read_testset
+from pipelines.train_language import LanguageRun
+from pipelines.train_stage1 import Stage1Run
+from pipelines.train_stage2 import Stage2Run
+from pipelines.world import WorldConfig, WorldRun, read_truth
+from pipelines.world_questions import ask
+from pipelines.world_text import Scene, judge
+from qformer import Stage2, load_stage2
+
+WORLD = Entry("pipelines.world", WorldRun)
+LANGUAGE = Entry("pipelines.train_language", LanguageRun)
+STAGE1 = Entry("pipelines.train_stage1", Stage1Run)
+STAGE2 = Entry("pipelines.train_stage2", Stage2Run)
+ASKED = ("what colour is", "what shape is")  # what brief captions tell
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The config file of each step; what they say of inputs and outputs is overridden."""
+
+    world: str
+    language_opt: str
+    language_t5: str
+    stage1: str
+    stage2_opt: str
+    stage2_flant5: str
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    out: str
+    recipes: Recipes
+    examples: int = 4
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a stage 2 says of a picture: a caption, and answers to questions with what would be right."""
+
+    caption: str
+    answers: tuple[tuple[str, str, Mapping[str, float]], ...]
+
+
+def plan(run: DemoRun) -> list[Step]:
+    """Every step, in order."""
+    out, recipes = run.out, run.recipes
+    shards, words = f"data.shards=[{out}/world/clean]", f"init.tokenizer={out}/world/vocabulary"
+    first = f"stage1.weights={out}/stage1/model"
+    steps = [
+        Step("world", WORLD, recipes.world, (f"out={out}/world",)),
+        Step("language_opt", LANGUAGE, recipes.language_opt, (f"out={out}/language_opt",)),
+        Step("language_t5", LANGUAGE, recipes.language_t5, (f"out={out}/language_t5",)),
+        Step("stage1", STAGE1, recipes.stage1, (f"out={out}/stage1", shards, words)),
+    ]
+    for name, config, language in (
+        ("stage2_opt", recipes.stage2_opt, "language_opt"),
+        ("stage2_flant5", recipes.stage2_flant5, "language_t5"),
+    ):
+        overrides = (f"out={out}/{name}", f"language={out}/{language}", first, shards)
+        steps.append(Step(name, STAGE2, config, overrides))
+    return steps
+
+
+def main(argv: list[str]) -> int:
+    run = parse_args(argv, DemoRun)
+    started, out = time.monotonic(), Path(run.out)
+    steps = plan(run)
+    check_steps(steps)
+    for step in steps:
+        run_step(out, step)
+    world = load_config(WorldRun, run.recipes.world).world
+    scenes = {key: scene for key, (_, scene) in read_truth(out / "world/test_truth.parquet").items()}
+    images = list(read_testset([str(out / "world/test")]))
+    told = {}
+    for name, config in (("OPT", run.recipes.stage2_opt), ("FlanT5", run.recipes.stage2_flant5)):
+        model = load_stage2(out / f"stage2_{name.lower()}/model", dtype=torch.float32)
+        prompt = load_config(Stage2Run, config).data.prompt
+        told[name] = dict(tell(model, images, scenes, world, prompt))
+    print(f"\n{table(told, scenes)}\n\n{examples(run.examples, told, images, scenes)}")
+    print(f"pictures: {out}/world/test; every step and its command: {out}/manifest.json")
+    print(f"{time.monotonic() - started:.0f} seconds in all")
+    return 0
+
+
+def tell(
+    model: Stage2, images: list[TestImage], scenes: Mapping[str, Scene], world: WorldConfig, prompt: str
+) -> Iterator[tuple[str, Told]]:
+    """Key -> a caption of every image, and answers to what can be asked of colours and shapes."""
+    size = model.config.vision.image_size
+    for chosen, pixels in batches_of_pixels(images, size, 50, torch.device("cpu")):
+        captions = model.caption(pixels, prompt)
+        for number, (image, caption) in enumerate(zip(chosen, captions, strict=True)):
+            scene = scenes[image.key]
+            asked = [
+                (question, answers)
+                for question, answers in ask(scene, world.palette(), np.random.default_rng(0))
+                if question.startswith(ASKED)
+            ]
+            questions = [question for question, _ in asked]
+            said = model.answer(pixels[number].expand(len(asked), -1, -1, -1), questions) if asked else []
+            answers = ((q, text, right) for (q, right), text in zip(asked, said, strict=True))
+            yield image.key, Told(caption, tuple(answers))
+
+
+def table(told: Mapping[str, Mapping[str, Told]], scenes: Mapping[str, Scene]) -> str:
+    """Shares that are right, a line for each language model."""
+    lines = [f"{'':<10}{'captions right':>16}{'answers right':>16}"]
+    for name, of in told.items():
+        captions = [judge(one.caption, scenes[key]).true for key, one in of.items()]
+        answers = [said in right for one in of.values() for _, said, right in one.answers]
+        lines.append(f"{name:<10}{np.mean(captions):>16.1%}{np.mean(answers):>16.1%}")
+    return "\n".join(lines)
+
+
+def examples(
+    count: int, told: Mapping[str, Mapping[str, Told]], images: list[TestImage], scenes: Mapping[str, Scene]
+) -> str:
+    """The first pictures: their truth, and what is said of them."""
+    lines = []
+    for image in images[:count]:
+        things = "; ".join(f"{thing.colour} {thing.shape}" for thing in scenes[image.key].objects)
+        lines.append(f"[{image.key}] {things}; a person: {image.texts[0]}")
+        for name, of in told.items():
+            one = of[image.key]
+            verdict = judge(one.caption, scenes[image.key])
+            lines.append(f"  {name:<8}{one.caption}   ({'right' if verdict.true else verdict.reason})")
+            lines += [
+                f"          {q} {said} ({'right' if said in right else 'wrong'})"
+                for q, said, right in one.answers[:2]
+            ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
