@@ -211,7 +211,7 @@ def pretrain(run: LanguageRun, lm: PreTrainedModel, batches: Iterator[dict[str, 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == run.steps:
-            print(f"step {step + 1}/{run.steps} | lm {float(loss):.3f}", flush=True)
+            print(f"step {step + 1}/{run.steps} | lm {loss.item():.3f}", flush=True)
 
 
 def main(argv: list[str]) -> int:
