@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 import capfilt
 from capfilt.job import RayConfig
+from capfilt.report import write_report
 from capfilt.select import keep, select
 from capfilt.worker import CapFiltConfig
 from pipelines import run_capfilt
@@ -80,6 +81,8 @@ def main(argv: list[str]) -> int:
     pairs = list(read_pairs(scored / "scored", out / "world" / "noisy_truth.parquet"))
     judgement = judged(pairs, run.threshold)
     print(f"\n{table(judgement)}\n\n{examples(pairs, run.threshold)}\n")
+    page = write_report(scored).path
+    print(f"a page to look at, in a browser     {page}")
     print(f"scored texts, nothing thrown away   {scored / 'scored'}")
     print(f"clean pairs to train on             {scored / 'clean'}")
     print(f"another threshold, in seconds       make select OUT={scored} THRESHOLD=0.9")

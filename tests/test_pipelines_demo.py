@@ -49,6 +49,7 @@ def test_demo_on_a_small_world(tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = judged(pairs, 0.5)
     assert table(found) in printed
     assert found.rows == 120 and found.noise_after < found.noise_before / 2
+    assert (tmp_path / "demo" / "out" / "report.html").exists()
     clean = pq.read_table(tmp_path / "demo" / "out" / "clean").to_pylist()
     assert {c["source"] for row in clean for c in row["captions"]} == {"web", "synthetic"}
     times = {path: path.stat().st_mtime_ns for path in scored.iterdir()}
