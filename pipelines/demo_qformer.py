@@ -48,6 +48,7 @@ class Recipes:
 class DemoRun:
     out: str
     recipes: Recipes
+    pictures: int = 100  # of the test set, that are told of
     examples: int = 4
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
         run_step(out, step)
     world = load_config(WorldRun, run.recipes.world).world
     scenes = {key: scene for key, (_, scene) in read_truth(out / "world/test_truth.parquet").items()}
-    images = list(read_testset([str(out / "world/test")]))
+    images = list(read_testset([str(out / "world/test")], run.pictures))
     told = {}
     for name, config in (("OPT", run.recipes.stage2_opt), ("FlanT5", run.recipes.stage2_flant5)):
         model = load_stage2(out / f"stage2_{name.lower()}/model", dtype=torch.float32)
