@@ -17,10 +17,8 @@ from blip.model import Batch
 from blip.tokenizer import ClipTokenizer
 from blip.vision import VisionConfig, VisionEncoder
 
-START_TEMPERATURE, MOST_SCALE = (
-    0.07,
-    100.0,
-)  # logits are cosines times a learned scale, at most 100 (paper, 2.5)
+START_TEMPERATURE = 0.07
+MOST_SCALE = 100.0  # logits are cosines times a learned scale, at most this one (paper, 2.5)
 
 
 @dataclass(frozen=True)

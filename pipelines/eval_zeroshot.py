@@ -64,9 +64,7 @@ class ProbeConfig:
 @dataclass(frozen=True)
 class ZeroshotRun:
     out: str
-    model: (
-        str  # that reads: a pre-trained MED or one fine-tuned with ITC; or a CLIP of transformers, open_clip
-    )
+    model: str  # a MED that reads (ITC), or a CLIP of transformers or open_clip
     classes: str  # a file with a class a line
     templates: str  # a file with a template a line
     sets: dict[str, ImageSet]  # the first is what the others are compared with
@@ -194,10 +192,8 @@ def encode_images(
 ) -> Tensor:
     """Features [I, E] of all images of a set; `encode` takes pixels [B, 3, S, S] to features of `model`."""
     device = next(model.parameters()).device
-    size, transform = (
-        model.config.vision.image_size,
-        crop_transform if isinstance(model, Clip) else image_transform,
-    )
+    size = model.config.vision.image_size
+    transform = crop_transform if isinstance(model, Clip) else image_transform
     batches = batches_of_pixels(read_images(given, run.columns), size, run.batch_size, device, transform)
     with autocast(device, run.precision):
         return torch.cat([encode(pixels).float() for _, pixels in batches])

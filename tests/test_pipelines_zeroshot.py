@@ -371,9 +371,7 @@ def test_images_without_a_class_and_classes_without_an_image_are_listed(tmp_path
     with pytest.raises(ValueError, match=wanted):
         class_numbers("mine", ImageSet(str(tmp_path / "set")), CLASSES, COLUMNS)
     given = parquet(tmp_path / "x.parquet", [0, 3, None, -1, 1, 2])
-    with pytest.raises(
-        ValueError, match=r"x\.parquet row 1 \(3\), x\.parquet row 2, x\.parquet row 3 \(-1\)"
-    ):
+    with pytest.raises(ValueError, match=r"x\.parquet row 1 \(3\), \S+ row 2, \S+ row 3 \(-1\)"):
         class_numbers("mine", given, CLASSES, COLUMNS)
     with pytest.raises(ValueError, match=r"no column 'label', only 'image', 'class'"):
         pq.write_table(pa.table({"image": [b"x"], "class": [1]}), tmp_path / "y.parquet")
