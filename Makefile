@@ -14,7 +14,7 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 tiny-weights capfilt select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter bootstrap ablation clean
+.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter bootstrap ablation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +102,10 @@ tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny ag
 capfilt: needs-IN needs-OUT needs-CAPTIONER needs-FILTER $(READY)  ## caption and score the shards of IN into OUT
 	$(RUN) pipelines.run_capfilt $(or $(CONFIG),configs/capfilt.yaml) 'input=$(IN)' 'out=$(OUT)' \
 		'capfilt.captioner=$(CAPTIONER)' 'capfilt.filter=$(FILTER)' $(ARGS)
+
+plan: needs-IN $(READY)  ## hours and cost of capfilt over IN with 1, 8, 64 workers, from a measured sample: ARGS=price=2.5
+	$(RUN) pipelines.plan $(or $(CONFIG),configs/plan.yaml) 'input=$(IN)' $(FOLDER) \
+		$(if $(CAPTIONER),'captioner=$(CAPTIONER)') $(if $(FILTER),'filter=$(FILTER)') $(ARGS)
 
 select: needs-OUT $(READY)  ## keep the texts of OUT that score THRESHOLD (0.5), or the best FRACTION of them
 	$(RUN) pipelines.select $(or $(CONFIG),configs/select.yaml) 'out=$(OUT)' \

@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from capfilt.hold import hold
 from capfilt.job import Job, RayConfig, Summary, Watch, finish, prepare
 from capfilt.shards import Split
 from capfilt.worker import CapFiltConfig, CapFiltWorker, Progress, ShardResult
@@ -49,21 +50,23 @@ def run_on_ray(
     """Score every shard of `source` into `out` on a Ray cluster; go on where an earlier run stopped.
 
     A worker that dies costs its split one of three attempts; then the split is listed as failed and the rest
-    goes on. `out` must be a folder that all nodes share.
+    goes on. `out` must be a folder that all nodes share. Raises InUse when another run has it, else as
+    `prepare`.
     """
     cluster = cluster or RayConfig()
-    job = prepare(config, source, out)
-    watch = Watch(job)
-    if job.todo:
-        ours = not ray.is_initialized()
-        if ours:
-            _connect(cluster, config)
-        try:
-            _Loop(job, watch, cluster).run()
-        finally:
+    with hold(out):
+        job = prepare(config, source, out)
+        watch = Watch(job)
+        if job.todo:
+            ours = not ray.is_initialized()
             if ours:
-                ray.shutdown()
-    return finish(job, watch)
+                _connect(cluster, config)
+            try:
+                _Loop(job, watch, cluster).run()
+            finally:
+                if ours:
+                    ray.shutdown()
+        return finish(job, watch)
 
 
 def _connect(cluster: RayConfig, config: CapFiltConfig) -> None:

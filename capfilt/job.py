@@ -115,6 +115,8 @@ class Watch:
         if isinstance(message, Progress):
             self.rows += message.rows
             self.under_way[message.split] += message.rows
+            if message.note:
+                self._say(message.note)
         elif message.error is None:
             self.ended += 1
             self.stats += message.stats

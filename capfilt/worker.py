@@ -77,10 +77,12 @@ def settings(config: CapFiltConfig) -> CapFiltConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """Rows done since the last message."""
+    """Rows done since the last message, and how many of them have no score."""
 
     split: str
     rows: int
+    errors: int = 0
+    note: str = ""  # for a person
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class CapFiltWorker:
         self.caption = Captioner(captioner, config.decoding, config.prompt, config.captions, config.seed)
         self.score = Filter(judge, config.max_words, config.max_length)
         self.sizes = (captioner.config.vision.image_size, judge.config.vision.image_size)
+        self.most = config.batch_size  # images that the models take at a time
+        self.note = ""
 
     def _load(self, source: str) -> Any:
         return load_blip(source).to(self.device).eval()
@@ -132,7 +136,8 @@ class CapFiltWorker:
                 for chunk, scores in self._scored(batches(shard.chunks, self.config.batch_size)):
                     writer.append(scored_table(chunk, scores, schema))
                     stats.add(chunk.rows, scores)
-                    yield Progress(split.id, len(scores))
+                    yield Progress(split.id, len(scores), sum(s.status != "ok" for s in scores), self.note)
+                    self.note = ""
         except (ShardError, OSError, ValueError) as error:
             yield ShardResult(split.id, stats, f"{split.path}: {short_reason(error)}")
             return
@@ -176,13 +181,45 @@ class CapFiltWorker:
             for side in (0, 1)
         )
         rows = [chunk.rows[i] for i in good]
+        done = 0
+        while done < len(rows):
+            part = slice(done, done + self.most)
+            try:
+                found = self._judge(rows[part], for_captioner[part], for_filter[part])
+            except torch.OutOfMemoryError:
+                found = []  # go on outside: the exception holds what filled the memory
+            if not found:
+                self._take_fewer(len(rows[part]))
+                continue
+            for i, judged in zip(good[part], found, strict=True):
+                scores[i] = judged
+            done += len(found)
+        return scores
+
+    def _judge(self, rows: Sequence[Row], for_captioner: Tensor, for_filter: Tensor) -> list[Scores]:
         with self._autocast():
             captions = self.caption(for_captioner, [row.key for row in rows])
             texts = [[row.text or "", *written] for row, written in zip(rows, captions, strict=True)]
             itm, itc = (tensor.tolist() for tensor in self.score(for_filter, texts))
-        for i, row, written, match, cosine in zip(good, rows, captions, itm, itc, strict=True):
-            scores[i] = _judged(row, written, match, cosine)
-        return scores
+        return [_judged(*found) for found in zip(rows, captions, itm, itc, strict=True)]
+
+    def _take_fewer(self, images: int) -> None:
+        """`images` at a time are too many for the device: half of them, from now on.
+
+        Then scores may differ in their last bits from those of a run with enough memory.
+        """
+        if images == 1:
+            raise ValueError(
+                f"{self.device} has not enough memory for one image and its texts; close what else uses it, "
+                "set capfilt.precision=bf16, or take smaller models"
+            )
+        self.most = images // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.note = (
+            f"{self.device} has not enough memory for {images} images at a time; going on with {self.most}. "
+            "To keep this from happening again, set capfilt.batch_size to that"
+        )
 
     def _autocast(self) -> Any:
         if self.config.precision == "fp32":

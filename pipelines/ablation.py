@@ -28,13 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from capfilt.hold import hold
 from capfilt.select import DEFAULT_THRESHOLD
 from capfilt.shards import write_json_atomically
 from pipelines.bootstrap import CAPFILT, CAPTIONS, RETRIEVAL, SELECT, TRAIN, Recipes
 from pipelines.config import load_config, parse_args, run_main, save_config
 from pipelines.steps import Entry, Step, check_steps, read_manifest, run_step
+from pipelines.testset import server_id
 from pipelines.train_blip import TrainRun
-from pipelines.world import WorldRun
+from pipelines.world import WorldRun, read_truth
+from pipelines.world_text import judge
 
 WORLD = Entry("pipelines.world", WorldRun)
 Control = Literal["beam", "shared", "best_of_k", "continued"]
@@ -82,10 +85,11 @@ def main(argv: list[str]) -> int:
     out = Path(run.out)
     plan = [step for seed in run.seeds for step in plan_seed(run, seed)]
     check_steps(plan)
-    save_config(run, out)
-    for step in plan:
-        run_step(out, step)
-    found = {arm: [read_arm(out / str(seed) / arm) for seed in run.seeds] for arm in run.arms}
+    with hold(out):
+        save_config(run, out)
+        for step in plan:
+            run_step(out, step)
+    found = {arm: [read_arm(out / str(seed), arm, bool(run.world)) for seed in run.seeds] for arm in run.arms}
     write_json_atomically(out / "table.json", {"seeds": list(run.seeds), "arms": found})
     minutes = sum(step["seconds"] for step in read_manifest(out).values()) / 60
     text = f"{table(found)}\n\n{len(run.seeds)} seeds, mean and 95 % interval; {minutes:.0f} minutes in all\n"
@@ -198,18 +202,32 @@ def _data(run: AblationRun, seed: int, what: str) -> str:
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def read_arm(folder: Path) -> dict[str, float]:
-    """The numbers of a MED: TR@1, IR@1 (re-ranked where asked for), CIDEr-D, BLEU-4; a share or a score."""
+def read_arm(seed: Path, arm: str, of_world: bool) -> dict[str, float]:
+    """The numbers of a MED: TR@1, IR@1 (re-ranked where asked for), CIDEr-D, BLEU-4; a share or a score.
+
+    In a generated world also the share of captions that are right, by its own truth.
+    """
+    folder = seed / arm
     retrieval = json.loads((folder / "retrieval/metrics.json").read_text())
     captions = json.loads((folder / "captions/metrics.json").read_text())["metrics"]
     ranked = retrieval.get("itm", retrieval["itc"])
-    return {
+    found = {
         "TR@1": ranked["tr@1"],
         "IR@1": ranked["ir@1"],
         "mean R@1": (ranked["tr@1"] + ranked["ir@1"]) / 2,
         "CIDEr-D": captions["cider_d"],
         "BLEU-4": captions["bleu4"],
     }
+    if of_world:
+        found["right"] = share_right(folder / "captions/captions.json", seed / "world/test_truth.parquet")
+    return found
+
+
+def share_right(captions: Path, truth: Path) -> float:
+    """Of captions in the layout of COCO's results; right is what is true of its picture."""
+    scenes = {server_id(key): scene for key, (_, scene) in read_truth(truth).items()}
+    rows = json.loads(captions.read_text())
+    return sum(judge(row["caption"], scenes[row["image_id"]]).true for row in rows) / len(rows)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

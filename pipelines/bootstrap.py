@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from capfilt.hold import hold
 from capfilt.select import DEFAULT_THRESHOLD
 from capfilt.shards import write_json_atomically
 from capfilt.verdicts import scored_tables
@@ -84,7 +85,17 @@ def main(argv: list[str]) -> int:
     run = parse_args(argv, BootstrapRun)
     out = Path(run.out)
     check_steps([step for number in range(run.rounds + 1) for step in plan(run, number)])
-    save_config(run, out)
+    with hold(out):
+        save_config(run, out)
+        trained, summary = go_round(run, out)
+        write_json_atomically(out / "summary.json", summary)
+    print(describe(summary))
+    print(f"the newest MED is {model_of(run, trained)}; every step and its command: {out}/manifest.json")
+    return 0
+
+
+def go_round(run: BootstrapRun, out: Path) -> tuple[int, dict[str, Any]]:
+    """All rounds, as far as they go: the last that has a MED, and the summary."""
     corpora: list[Corpus] = []
     stopped, trained = None, 0
     for step in plan(run, 0):
@@ -99,11 +110,7 @@ def main(argv: list[str]) -> int:
         for step in med_steps(run, number):
             run_step(out, step)
         trained = number
-    summary = summarize(out, trained, corpora, stopped)
-    write_json_atomically(out / "summary.json", summary)
-    print(describe(summary))
-    print(f"the newest MED is {model_of(run, trained)}; every step and its command: {out}/manifest.json")
-    return 0
+    return trained, summarize(out, trained, corpora, stopped)
 
 
 # ---- the plan ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The worker on real shards: every row accounted for, scores as the models give them one by one."""
 
+import io
 import json
 import os
 import shutil
@@ -20,7 +21,9 @@ from blip.tokenizer import clean_caption
 from blip.weights import load_blip
 from capfilt import CapFiltConfig, run_local
 from capfilt.captioner import Captioner, caption_seed
+from capfilt.job import Watch, finish, prepare
 from capfilt.shards import FingerprintMismatch
+from capfilt.worker import CapFiltWorker
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +201,49 @@ def test_the_wrong_kind_of_model_is_named(
     wrong = replace(config, captioner=str(models / captioner), filter=str(models / judge))
     with pytest.raises(ValueError, match=r"captioner's|filter's"):
         run_local(wrong, shards, tmp_path)
+
+
+class SmallDevice:
+    """As a device where only so many images fit: more are what torch says on a GPU that is full."""
+
+    def __init__(self, call, most: int):
+        self.call, self.most = call, most
+
+    def __call__(self, pixels, *rest):
+        if len(pixels) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return self.call(pixels, *rest)
+
+
+def test_out_of_memory_the_batch_is_halved_and_said_once(
+    run: tuple[CapFiltConfig, Path, Path], tmp_path: Path
+) -> None:
+    config, shards, out = run
+    job = prepare(config, shards, tmp_path)
+    worker = CapFiltWorker(config, tmp_path, job.fingerprint)
+    worker.score = SmallDevice(worker.score, 2)  # type: ignore[assignment]
+    said = io.StringIO()
+    watch = Watch(job, stream=said)
+    for split in job.todo:
+        for message in worker.steps(split):
+            watch.hear(message)
+    assert finish(job, watch).failed == {}
+    assert said.getvalue().count("not enough memory for 5 images at a time; going on with 2.") == 1
+    assert said.getvalue().count("not enough memory") == 1
+    for mine, whole in zip(rows_of(tmp_path), rows_of(out), strict=True):
+        assert (mine["key"], mine["caption_synthetic"]) == (whole["key"], whole["caption_synthetic"])
+        assert (mine["itm_web"], mine["itm_synthetic"]) == pytest.approx(
+            (whole["itm_web"], whole["itm_synthetic"]), abs=1e-5
+        )
+
+
+def test_where_not_even_one_image_fits_the_shard_says_so(
+    run: tuple[CapFiltConfig, Path, Path], tmp_path: Path
+) -> None:
+    config, shards, _ = run
+    job = prepare(config, shards, tmp_path)
+    worker = CapFiltWorker(config, tmp_path, job.fingerprint)
+    worker.score = SmallDevice(worker.score, 0)  # type: ignore[assignment]
+    found = worker(job.todo[0])
+    assert found.error is not None and "not enough memory for one image" in found.error
+    assert not list(tmp_path.rglob("*.parquet")) and not list(tmp_path.rglob("*.tmp"))

@@ -114,7 +114,13 @@ def test_pretraining_has_the_paper_s_model(size: str) -> None:
 
 SMALL = ("train.steps=2", "data.batch_size=8", "data.workers=0")
 EVERY = {"itc", "itm", "lm"}
-OBJECTIVES = {"pretrain": EVERY, "ablation_pretrain": EVERY, "captioner": {"lm"}, "filter": {"itc", "itm"}}
+OBJECTIVES = {
+    "pretrain": EVERY,
+    "ablation_pretrain": EVERY,
+    "captioner": {"lm"},
+    "filter": {"itc", "itm"},
+    "retrieval": {"itc", "itm"},
+}
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from test_pipelines_bootstrap import recipes
 
-from pipelines.ablation import AblationRun, interval, plan_seed, read_arm, table
+from pipelines.ablation import AblationRun, interval, plan_seed, read_arm, share_right, table
 from pipelines.bootstrap import Recipes
 from pipelines.config import load_config
 from pipelines.steps import Step, check_steps
+from pipelines.testset import server_id
 from pipelines.train_blip import InitConfig
+from pipelines.world import WorldConfig, write_world
 
 CONTROLS = ("beam", "shared", "best_of_k", "continued")
 
@@ -130,10 +133,19 @@ def test_the_table_is_of_what_lies_in_the_folders(tmp_path: Path) -> None:
             path = tmp_path / str(seed) / "X" / name / "metrics.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(tree))
-    found = {"X": [read_arm(tmp_path / str(seed) / "X") for seed in (4, 5)]}
+    found = {"X": [read_arm(tmp_path / str(seed), "X", of_world=False) for seed in (4, 5)]}
     assert found["X"][0]["mean R@1"] == pytest.approx(0.15)
     head, rule, line = table(found).splitlines()
     assert head == "| arm | TR@1 | IR@1 | mean R@1 | CIDEr-D | BLEU-4 |" and rule.count("|") == head.count(
         "|"
     )
     assert line.startswith("| X | 30.0 +- 127.1 | 20.0 +- 127.1 | 25.0 +-")  # 12.706 x 14.14 / sqrt(2)
+
+
+def test_captions_are_right_by_the_truth_of_the_world(tmp_path: Path) -> None:
+    write_world(WorldConfig(seed=1, noisy_rows=1, clean_rows=0, test_rows=4, shard_rows=4), tmp_path)
+    texts = {row["key"]: row["captions"][0]["text"] for row in pq.read_table(tmp_path / "test").to_pylist()}
+    said = [*list(texts.values())[:3], "nothing that the world can say"]  # a person's captions are true
+    rows = [{"image_id": server_id(key), "caption": text} for key, text in zip(texts, said, strict=True)]
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    assert share_right(tmp_path / "captions.json", tmp_path / "test_truth.parquet") == 0.75

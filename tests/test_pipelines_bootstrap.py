@@ -2,14 +2,19 @@
 
 import json
 import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from blip import load_blip
 from blip.tokenizer import write_vocabulary
+from capfilt.hold import InUse
 from pipelines import bootstrap
 from pipelines.bootstrap import Corpus, worse
 from pipelines.config import ConfigError
@@ -143,6 +148,30 @@ def test_a_step_that_fails_is_named_and_not_called_done(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == {}
     run_step(tmp_path, Step("1/select", Entry("pipelines.select", dict, (0, 1)), str(config), ()))
     assert read_manifest(tmp_path)["1/select"]["exit_code"] == 1
+
+
+def test_a_step_that_outlives_a_killed_loop_is_told_of_and_not_done_beside_it(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / "long.yaml"
+    recipe = yaml.safe_load((config.parent / "pretrain.yaml").read_text())
+    long.write_text(yaml.safe_dump(recipe | {"train": {"steps": 10**6, "device": "cpu"}}))
+    words = [str(config), f"out={tmp_path / 'out'}", f"recipes.pretrain={long}"]
+    loop = subprocess.Popen([sys.executable, "-m", "pipelines.bootstrap", *words], stdout=subprocess.DEVNULL)
+    log = tmp_path / "out/0/med/metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (log.exists() and log.read_text()):  # it trains
+        assert loop.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    (step,) = psutil.Process(loop.pid).children()
+    with pytest.raises(InUse, match=rf"in use by process {loop.pid} "):
+        bootstrap.main(words)
+    loop.kill()
+    loop.wait()
+    with pytest.raises(StepFailed, match="step 0/med ended with exit code 1"):
+        bootstrap.main(words)
+    assert f"in use by process {step.pid} " in capfd.readouterr().err
+    step.kill()
 
 
 @pytest.mark.parametrize(
