@@ -14,12 +14,12 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter bootstrap ablation clean
+.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 stage2-vqa features tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter results bootstrap ablation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS ROUNDS NPROC NNODES HEAD ARGS PYTHON'
+	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS ROUNDS RUNS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
 	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
 	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='train.accumulate=4'"
@@ -91,6 +91,12 @@ stage2-opt: $(READY)  ## BLIP-2, Q-Former into a frozen OPT; tiny, unless CONFIG
 stage2-flant5: $(READY)  ## BLIP-2, Q-Former into a frozen FlanT5; tiny, unless CONFIG is configs/stage2_flant5.yaml
 	$(TRAIN)pipelines.train_stage2 $(or $(CONFIG),configs/tiny/stage2_flant5.yaml) $(SHARDS) $(FOLDER) $(ARGS)
 
+features: $(READY)  ## keep the tokens of a frozen ViT for stages 1 and 2; tiny, unless CONFIG is configs/features.yaml
+	$(TRAIN)pipelines.cache_features $(or $(CONFIG),configs/tiny/features.yaml) $(TESTSET) $(FOLDER) $(ARGS)
+
+stage2-vqa: $(READY)  ## BLIP-2, visual question answering, the question in the Q-Former too; tiny, unless CONFIG says
+	$(TRAIN)pipelines.train_stage2_vqa $(or $(CONFIG),configs/tiny/stage2_vqa.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
 tiny-weights: $(READY)  ## train the captioner and the filter of weights/tiny again, from the corpus on
 	$(RUN) pipelines.world configs/tiny/world.yaml
 	$(RUN) pipelines.world configs/tiny/world_brief.yaml
@@ -123,24 +129,27 @@ curves: $(READY)  ## the learning curves of runs side by side: ARGS='runs=[runs/
 	$(RUN) pipelines.curves $(or $(CONFIG),configs/curves.yaml) $(ARGS)
 
 eval-retrieval: $(READY)  ## TR@k and IR@k of MODEL on clean shards; tiny, unless CONFIG is configs/eval_retrieval_coco.yaml
-	$(RUN) pipelines.eval_retrieval $(or $(CONFIG),configs/tiny/eval_retrieval.yaml) \
+	$(TRAIN)pipelines.eval_retrieval $(or $(CONFIG),configs/tiny/eval_retrieval.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
 
 eval-captions: $(READY)  ## BLEU, ROUGE-L, CIDEr-D of MODEL on clean shards; tiny, unless CONFIG is configs/eval_captions_coco.yaml
-	$(RUN) pipelines.eval_captions $(or $(CONFIG),configs/tiny/eval_captions.yaml) \
+	$(TRAIN)pipelines.eval_captions $(or $(CONFIG),configs/tiny/eval_captions.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
 
 eval-vqa: $(READY)  ## VQA accuracy of MODEL on shards of questions, answers.json for the server; tiny, unless CONFIG says
-	$(RUN) pipelines.eval_vqa $(or $(CONFIG),configs/tiny/eval_vqa.yaml) \
+	$(TRAIN)pipelines.eval_vqa $(or $(CONFIG),configs/tiny/eval_vqa.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
 
 eval-zeroshot: $(READY)  ## zero-shot classes, shifts and a linear probe of MODEL on labelled images; tiny, unless CONFIG says
-	$(RUN) pipelines.eval_zeroshot $(or $(CONFIG),configs/tiny/eval_zeroshot.yaml) \
+	$(TRAIN)pipelines.eval_zeroshot $(or $(CONFIG),configs/tiny/eval_zeroshot.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(if $(IN),'sets={test: {images: $(IN)}}') $(FOLDER) $(ARGS)
 
 eval-filter: $(READY)  ## precision of MODEL as a filter on clean shards
 	$(RUN) pipelines.eval_filter $(or $(CONFIG),configs/tiny/eval_filter.yaml) \
 		$(if $(MODEL),'model=$(MODEL)') $(TESTSET) $(FOLDER) $(ARGS)
+
+results: $(READY)  ## evaluations beside the papers, recall curves, a gallery of examples: RUNS='[runs/a,runs/b]'
+	$(RUN) pipelines.results $(or $(CONFIG),configs/results.yaml) $(if $(RUNS),'runs=$(RUNS)') $(FOLDER) $(ARGS)
 
 bootstrap: $(READY)  ## the whole loop, ROUNDS of it: captioner, filter, clean corpus, new MED; tiny unless CONFIG says
 	$(RUN) pipelines.bootstrap $(or $(CONFIG),configs/tiny/bootstrap.yaml) $(if $(ROUNDS),rounds=$(ROUNDS)) \

@@ -65,7 +65,7 @@ class Batch:
     Each image has one text; for LM alone it may have n, next to each other: ids and mask are then [n * B, T].
     """
 
-    pixels: Tensor  # [B, 3, S, S]
+    pixels: Tensor  # [B, 3, S, S]; for the Q-Former also tokens [B, N, D] that a frozen encoder made before
     ids: Tensor  # [B, T]
     mask: Tensor  # [B, T], 1 = a real token
     image_ids: Tensor  # [B] int64, equal for texts of the same image

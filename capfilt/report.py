@@ -4,7 +4,6 @@ The data is hostile. Nothing of it becomes markup (`report_markup`), images are 
 encoded anew, and the page's own policy allows one script and one style, by hash, and no connection at all.
 """
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from capfilt.report_cards import galleries, judging, shown_pairs
 from capfilt.report_data import Folder, Plan, chosen_threshold, read_folder
 from capfilt.report_health import Health, health
 from capfilt.report_images import thumbnails
-from capfilt.report_markup import Html, island, join, tag
+from capfilt.report_markup import Html, island, join, policy, tag
 from capfilt.report_scores import (
     command,
     copyable,
@@ -83,7 +82,7 @@ def _page(
     told = tag("ul", *(tag("li", alarm) for alarm in alarms)) if alarms else None
     calibrate = command("calibrate", folder.out, "VERDICTS=verdicts.json")
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        policy=_policy(style, script),
+        policy=policy(style, script),
         style=style,
         script=script,
         state=island(state),
@@ -125,15 +124,3 @@ def _state(folder: Folder, keys: list[str]) -> dict[str, Any]:
         "keys": keys,
         "name": hashlib.sha256(json.dumps([made_of, keys], sort_keys=True).encode()).hexdigest()[:16],
     }
-
-
-def _policy(style: str, script: str) -> str:
-    """Content-Security-Policy: this style, this script, images inside the page, and nothing else."""
-
-    def allowed(text: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; img-src data:; style-src {allowed(style)}; script-src {allowed(script)}; "
-        "base-uri 'none'; form-action 'none'"
-    )

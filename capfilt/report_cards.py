@@ -1,12 +1,11 @@
 """Rows that a person can look at: the galleries, and the sample to be judged."""
 
-import base64
 from collections.abc import Mapping, Sequence
 
 from capfilt.report_charts import meter
 from capfilt.report_data import BORDER, GALLERIES, Folder, Pair, Told
 from capfilt.report_images import SIDE, Place
-from capfilt.report_markup import Html, clipped, count, join, tag
+from capfilt.report_markup import Html, clipped, count, join, picture, short, tag
 
 Images = Mapping[Place, bytes | str]
 SOURCE_NAMES = {"web": "Web text", "synthetic": "Synthetic text"}
@@ -84,23 +83,14 @@ def _card(pair: Pair, images: Images, threshold: float, place: int | None = None
         "li",
         _figure(pair, images),
         tag("div", *blocks, _others(pair.synthetic[1:], threshold, place), class_="texts"),
-        tag("p", tag("bdi", _short(pair.key), class_="key"), " ", tag("bdi", _short(where)), class_="where"),
+        tag("p", tag("bdi", short(pair.key), class_="key"), " ", tag("bdi", short(where)), class_="where"),
         class_="card",
     )
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:119] + "\u2026"
-
-
 def _figure(pair: Pair, images: Images) -> Html:
     image = images.get((pair.split, pair.row), "the image was not found")
-    if isinstance(image, str):
-        return tag("div", tag("span", image), class_="thumb missing")
-    data = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
-    # By hand, as `plain` would look at every character of the data.
-    alt = tag("img", alt=f"image of the row {_short(pair.key)}", width=SIDE, height=SIDE, decoding="async")
-    return tag("div", Html(f'{alt[:-1]} src="{data}">'), class_="thumb")
+    return picture(image, f"image of the row {short(pair.key)}", SIDE)
 
 
 def _text_block(pair: Pair, told: Told, threshold: float, place: int | None) -> Html:
@@ -162,7 +152,7 @@ def _others(told: Sequence[Told], threshold: float, place: int | None) -> Html |
 
 def _buttons(pair: Pair, told: Told, place: int) -> Html:
     """Hidden until report_page.js, without which they do nothing, shows them."""
-    named = f"Does the {SOURCE_NAMES[told.source].lower()} describe the image of {_short(pair.key)}?"
+    named = f"Does the {SOURCE_NAMES[told.source].lower()} describe the image of {short(pair.key)}?"
     words = {"keep": "\u2713 keep", "drop": "\u2717 drop", "unsure": "? unsure"}
     buttons = [
         tag("button", label, type="button", data_verdict=word, data_source=told.source, data_row=place,

@@ -27,14 +27,15 @@ def thumbnails(out: Path, marks: Iterable[Done], pairs: Iterable[Pair]) -> dict[
         rows = wanted.get(mark.split.id, set())
         try:
             for row, data in _images(out, mark, rows):
-                found[mark.split.id, row] = _small(data)
+                found[mark.split.id, row] = small(data)
         except (ShardError, OSError, pa.ArrowException) as error:
             reason = f"the image cannot be read: {type(error).__name__}"
             found |= {(mark.split.id, row): reason for row in rows if (mark.split.id, row) not in found}
     return found
 
 
-def _small(data: bytes | None) -> bytes | str:
+def small(data: bytes | None) -> bytes | str:
+    """A thumbnail of SIDE pixels, or why there is none."""
     try:
         return thumbnail(decode(data), SIDE)
     except ImageError as error:

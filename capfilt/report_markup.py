@@ -4,6 +4,8 @@ Characters that cannot be seen, or that turn the direction of their neighbours, 
 number, so that a text cannot pass for another one.
 """
 
+import base64
+import hashlib
 import json
 import unicodedata
 from html import escape
@@ -94,6 +96,11 @@ def clipped(text: str) -> Html:
     )
 
 
+def short(text: str) -> str:
+    """A name that may be long, in at most 120 characters."""
+    return text if len(text) <= 120 else text[:119] + "\u2026"
+
+
 def table(head: list[str], rows: list[list[str]], caption: str, *, numbers: int = 0) -> Html:
     """A table whose first column names the row; the last `numbers` columns are set flush right."""
     words = len(head) - numbers
@@ -111,6 +118,29 @@ def table(head: list[str], rows: list[list[str]], caption: str, *, numbers: int 
         tag("tbody", *body),
     )
     return tag("div", inside, class_="scroll", tabindex=0, role="region", aria_label=caption)
+
+
+def picture(image: bytes | str, alt: str, side: int) -> Html:
+    """A JPEG of at most `side` pixels a side, as part of the page, or the words why there is none."""
+    if isinstance(image, str):
+        return tag("div", tag("span", image), class_="thumb missing")
+    data = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+    # By hand, as `plain` would look at every character of the data.
+    without = tag("img", alt=alt, width=side, height=side, decoding="async")
+    return tag("div", Html(f'{without[:-1]} src="{data}">'), class_="thumb")
+
+
+def policy(style: str, script: str | None = None) -> str:
+    """Content-Security-Policy: this style, this script, images inside the page, and nothing else."""
+
+    def allowed(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    scripts = "'none'" if script is None else allowed(script)
+    return (
+        f"default-src 'none'; img-src data:; style-src {allowed(style)}; script-src {scripts}; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def island(value: object) -> Html:

@@ -5,7 +5,7 @@ a fixed grid, a bad row leaves a hole in its batch, chance comes from the row's 
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -121,7 +121,7 @@ class CapFiltWorker:
                 return message
         raise AssertionError("steps() ends with a ShardResult")
 
-    def steps(self, split: Split) -> Iterator[Progress | ShardResult]:
+    def steps(self, split: Split) -> Generator[Progress | ShardResult, None, None]:
         """The same, telling about every batch on the way."""
         started, stats = time.monotonic(), Stats()
         try:

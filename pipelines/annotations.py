@@ -23,6 +23,7 @@ from pipelines.questions import Answer, Question, weighed
 
 T = TypeVar("T")
 
+DOMAINS = "domains.json"  # beside shards: key -> domain, of what `read_domains` found
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 VG_WEIGHT = 0.2  # of an answer of Visual Genome beside VQA's (salesforce/BLIP data/vqa_dataset.py)
 # COCO's number in LAVIS' image ids and in the names of the files of 2014.
@@ -149,6 +150,24 @@ def read_coco(file: str) -> Iterator[Annotation[str]]:
         yield Annotation(key, _get(image, "file_name", where, str), tuple(captions.pop(key, ())))
     for key, texts in captions.items():
         yield Annotation(key, "", tuple(texts))
+
+
+def read_domains(file: str) -> dict[str, str]:
+    """{"images": [{"id", "domain"}]} -> key -> domain of the images that have one, as all of NoCaps do."""
+    images = _records(_get(_read_json(file), "images", f"{file}:", list), f"{file}: images")
+    return {
+        str(_get(image, "id", where, int, str)): _get(image, "domain", where, str)
+        for where, image in images
+        if "domain" in image
+    }
+
+
+def read_results(file: str) -> list[tuple[str, str]]:
+    """[{"image_id", "caption"}], what is sent to COCO's and NoCaps' servers -> (key, caption), in order."""
+    return [
+        (str(_get(record, "image_id", where, int, str)), _get(record, "caption", where, str))
+        for where, record in _records(_read_json(file), f"{file}: record")
+    ]
 
 
 # ---- questions and answers -----------------------------------------------------------------------
@@ -348,7 +367,7 @@ def _read_json(file: str) -> Any:
 
 
 def _unreadable(file: str, error: OSError) -> str:
-    return f"{file}: cannot be read ({error.strerror}); it must be the file with the annotations"
+    return f"{file}: cannot be read ({error.strerror}); check the path"
 
 
 def _records(values: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ captions, scores   our models and those of transformers, in one process and in t
                    weights; timed only after both wrote the same ids and gave the same P(match)
 train              a step of pre-training, forward and backward, and a plain loop over transformers' modules
                    (pipelines/bench_train.py); timed only after losses and gradients agreed
+stages             the same of BLIP-2's two stages (pipelines/bench_stages.py)
 ray                CapFilt on Ray and the same workers as plain processes, on the same shards; told only if
                    both wrote the same bytes
 capfilt            CapFilt in one process, and where its time goes
@@ -42,11 +43,12 @@ from capfilt.job import RayConfig, Summary
 from capfilt.shards import batches, done_path, done_splits, open_split, plan_splits, scored_path, stats_path
 from capfilt.worker import CapFiltConfig, CapFiltWorker
 from pipelines.bench_sides import Result, draw_weights, in_turns, pictures, race
+from pipelines.bench_stages import BenchStagesConfig, measure_stages
 from pipelines.bench_train import BenchTrainConfig, PlainBlip, measure_steps, training_model
 from pipelines.config import parse_args, run_main
 from pipelines.world import WorldConfig, write_world
 
-Part = Literal["captions", "scores", "train", "ray", "capfilt"]
+Part = Literal["captions", "scores", "train", "stages", "ray", "capfilt"]
 
 BERT_WORDS = 30522  # so that the output layer has its real size
 PROMPT = "a picture of "
@@ -65,6 +67,7 @@ class BenchRun:
     seed: int = 0  # of the random weights, images and texts
     repeats: int = 3
     train: BenchTrainConfig = field(default_factory=BenchTrainConfig)
+    stages: BenchStagesConfig = field(default_factory=BenchStagesConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
     workers: int = 2  # of the part ray
 
@@ -96,6 +99,8 @@ def measure(run: BenchRun) -> Iterator[Result]:
             yield measure_scores(run, Path(folder, "scores"))
         if "train" in run.parts:
             yield measure_train(run, Path(folder, "train"))
+        if "stages" in run.parts:
+            yield from measure_stages(run.stages, Path(folder), run.seed, run.repeats)
         if "ray" in run.parts:
             yield measure_ray(run, Path(folder, "ray"))
         if "capfilt" in run.parts:

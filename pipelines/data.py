@@ -25,7 +25,7 @@ import pyarrow.types as kind
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from blip.image import Augmentation, ImageError, decode, train_transform
+from blip.image import Augmentation
 from blip.model import Batch
 from blip.tokenizer import Tokenizer, clean_caption
 from capfilt.parquet import open_parquet, read_parquet
@@ -33,6 +33,7 @@ from capfilt.schema import Columns, ShardError, map_columns, short_reason
 from capfilt.shards import SUFFIXES
 from capfilt.tar import TarPart, index_tar, read_part
 from pipelines.contrasts import Contrasts, check, contrast
+from pipelines.features import WHOLE, Features, open_features, pixels_of
 from pipelines.order import Order, Place, batches, mixed_batches
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class DataConfig:
     )  # of raw shards; null: found by the names of known producers
     augmentation: Augmentation = field(default_factory=Augmentation)
     contrasts: Contrasts = ()  # sets of words that exclude each other, for ITM: see pipelines.contrasts
+    features: str | None = None  # read the tokens of a frozen encoder that pipelines.cache_features kept here
 
     def __post_init__(self) -> None:
         check(self.contrasts)
@@ -69,6 +71,12 @@ class DataConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.features is not None and self.augmentation != WHOLE:
+            raise ValueError(
+                f"features {self.features} are tokens of whole images, but augmentation draws others "
+                f"in every epoch ({self.augmentation}); set augmentation to {{min_scale: 1.0, flip: false, "
+                "randaugment: false}, or leave features out"
+            )
         if self.weights is None:
             return
         if len(self.weights) != len(self.shards):
@@ -171,7 +179,7 @@ class Recent(Generic[T]):
 class Example:
     """A row of a batch."""
 
-    pixels: torch.Tensor  # [3, S, S]
+    pixels: torch.Tensor  # [3, S, S], or kept tokens [N, D]
     texts: list[str]  # cleaned up, `texts_per_image` of them
     wrong: str | None  # the first of them made wrong, see pipelines.contrasts
     image_id: int
@@ -216,7 +224,9 @@ class ShardRows(Dataset[T]):
         collate: Collate[T],
         image_size: int,
         seed: int,
+        features: Features | None = None,
     ):
+        self.features = features
         self.config, self.collate, self.image_size, self.seed = config, collate, image_size, seed
         self.groups = [(group, corpus) for corpus, groups in enumerate(corpora) for group in groups]
         # One for each corpus, or the groups that a large one has done with would push out those that a small
@@ -240,12 +250,14 @@ class ShardRows(Dataset[T]):
         cleaned = [text for text in (clean_caption(text, self.config.max_words) for text in texts) if text]
         if not data or not cleaned:
             return None
-        try:
-            image = decode(data)
-        except ImageError:
-            return None
         rng = random.Random(f"{self.seed} {epoch} {group} {row}")
-        pixels = train_transform(image, self.image_size, self.config.augmentation, rng)
+        if self.features is not None:  # which draw nothing, nor do whole images
+            file, _ = self.groups[group]
+            pixels = self.features.read(file.path, file.first + row, image_id(data))
+        else:
+            pixels = pixels_of(data, self.image_size, self.config.augmentation, rng)
+        if pixels is None:
+            return None
         chosen = _draw(cleaned, self.config.texts_per_image, rng)
         wrong = contrast(chosen[0], self.config.contrasts, rng)
         return Example(pixels, chosen, wrong, image_id(data), rng.random())
@@ -328,7 +340,9 @@ def collated_batches(
     entries = [config.shards] if config.weights is None else [(entry,) for entry in config.shards]
     corpora = [find_groups(entry, config.columns) for entry in entries]
     places = _places(config, corpora, config.batch_size * world, seed, first)
-    rows = ShardRows(config, corpora, collate, image_size, seed)
+    files = list(dict.fromkeys(group.path for groups in corpora for group in groups))
+    features = open_features(config.features, files) if config.features is not None else None
+    rows = ShardRows(config, corpora, collate, image_size, seed, features)
     stream = load(rows, places, config.workers, rank, world)
     return stream, sum(group.rows for groups in corpora for group in groups)
 

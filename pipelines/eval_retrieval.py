@@ -1,7 +1,8 @@
 """Image-text retrieval on clean shards: TR@1/5/10 and IR@1/5/10, by ITC alone and re-ranked by ITM.
 
 The protocol is ALBEF's and BLIP's (pipelines.retrieval). OUT holds metrics.json: the numbers, the protocol,
-the digest of the weights and the fingerprint of the test set.
+the digest of the weights and the fingerprint of the test set; and ranks.json, what became of every query.
+Several processes (torchrun) share the images and find the same numbers as one.
 """
 
 import sys
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip.distributed import rank
 from blip.model import Blip
 from blip.tokenizer import clean_caption
 from blip.weights import load_blip
 from capfilt.shards import write_json_atomically
 from pipelines.config import parse_args, run_main, save_config
-from pipelines.parallel import Precision, autocast, pick_device
+from pipelines.parallel import Precision, autocast, processes
+from pipelines.results_ranks import ranks_of
 from pipelines.retrieval import Retriever, Texts, rerank, retrieval_metrics, text_features
-from pipelines.testset import TestImage, batches_of_pixels, provenance, read_testset
+from pipelines.testset import TestImage, batches_of_pixels, provenance, read_testset, refuse_gaps
+from pipelines.turns import all_turns, batched, own_turns, rows_of_turns
 from qformer import load_stage1
 from qformer.weights import is_blip2
 
@@ -49,6 +53,7 @@ class RetrievalRun:
     shards: tuple[str, ...]  # clean shards of the test set
     protocol: RetrievalProtocol = RetrievalProtocol()
     limit: int | None = None  # the first so many images; null: all
+    subset: bool = False  # true: also where images of the annotations are missing in the shards
     batch_size: int = 64
     precision: Precision = "fp32"
     device: str = "auto"
@@ -56,15 +61,25 @@ class RetrievalRun:
 
 def main(argv: list[str]) -> int:
     run = parse_args(argv, RetrievalRun)
-    device = pick_device(run.device)
-    load = load_stage1 if is_blip2(run.model) else load_blip
-    model = load(run.model, image_size=run.protocol.image_size).to(device)
-    with torch.inference_mode(), autocast(device, run.precision):
-        images = read_testset(run.shards, run.limit)
-        found = evaluate_retrieval(model, images, run.protocol, run.batch_size)
+    left_out = refuse_gaps(run.shards, run.subset)
+    with processes(run.device) as device:
+        load = load_stage1 if is_blip2(run.model) else load_blip
+        model = load(run.model, image_size=run.protocol.image_size).to(device)
+        with torch.inference_mode(), autocast(device, run.precision):
+            images = read_testset(run.shards, run.limit)
+            found = evaluate_retrieval(model, images, run.protocol, run.batch_size)
+        if rank() == 0:
+            save(run, {**found, "left_out": left_out}, model.config.vision.image_size)
+    return 0
+
+
+def save(run: RetrievalRun, found: dict[str, Any], image_size: int) -> None:
+    """Write what was found, and tell a person."""
     save_config(run, run.out)
+    found = dict(found)
+    write_json_atomically(Path(run.out) / "ranks.json", found.pop("ranks"))
     protocol = asdict(run.protocol) | {"score": SCORE[run.protocol.k > 0], "precision": run.precision}
-    protocol["image_size"] = model.config.vision.image_size
+    protocol |= {"image_size": image_size, "limit": run.limit}
     result = {"task": "retrieval", "protocol": protocol, **found, **provenance(run.model, run.shards)}
     write_json_atomically(Path(run.out) / "metrics.json", result)
     print(f"{found['images']} images, {found['texts']} texts")
@@ -72,14 +87,14 @@ def main(argv: list[str]) -> int:
         if name in found:
             print(describe(name, found[name]))
     print(f"written to {run.out}/metrics.json")
-    return 0
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A test set as ITC and ITM see it: I images, T texts."""
 
-    tokens: list[Tensor]  # of every image, [1, N, D]
+    tokens: list[Tensor]  # of every image of this process, [1, N, D]
+    numbers: list[int]  # of these images among all
     texts: Texts
     cosine: Tensor  # [I, T]
 
@@ -87,23 +102,27 @@ class Encoded:
 def evaluate_retrieval(
     model: Retriever, images: Iterable[TestImage], protocol: RetrievalProtocol, batch_size: int
 ) -> dict[str, Any]:
-    """{"images": I, "texts": T, "itc": recalls}, and "itm", re-ranked, with k. Errors: as `encode`."""
+    """{"images": I, "texts": T, "itc": recalls}, and "itm", re-ranked, with k; "ranks", where what is right
+    stands, by either. Errors: as `encode`."""
     found = encode(model, images, batch_size, protocol.max_words, protocol.max_length)
     owners = found.texts.image
-    result: dict[str, Any] = {"images": len(found.tokens), "texts": len(owners)}
+    result: dict[str, Any] = {"images": len(found.cosine), "texts": len(owners)}
     result["itc"] = retrieval_metrics(found.cosine, found.cosine.T, owners)
+    result["ranks"] = {"itc": ranks_of(found.cosine, found.cosine.T, owners)}
     if protocol.k:
-        ranked = rerank(model, iter(enumerate(found.tokens)), found.texts, found.cosine, protocol.k)
+        own = zip(found.numbers, found.tokens, strict=True)
+        ranked = rerank(model, own, found.texts, found.cosine, protocol.k)
         result["itm"] = retrieval_metrics(*ranked, owners)
+        result["ranks"]["itm"] = ranks_of(*ranked, owners)
     return result
 
 
 def encode(
     model: Retriever, images: Iterable[TestImage], batch_size: int, max_words: int, max_length: int
 ) -> Encoded:
-    """Encode every image and text once.
+    """Encode every image and text once, in one process.
 
-    All image tokens are kept: 1.8 MB an image for ViT-B at 384 px in fp32, half of that in bf16.
+    The tokens of its images stay with it: 1.8 MB an image for ViT-B at 384 px in fp32, half of that in bf16.
     Errors: ValueError for an image that has no text or cannot be decoded, or where there is none.
     """
     reads = not isinstance(model, Blip) or model.config.text.reads
@@ -112,23 +131,26 @@ def encode(
     device = next(model.parameters()).device
     keep = torch.bfloat16 if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
     tokens: list[Tensor] = []
-    features, words, owners = [], [], []
+    features, captions = [], []
     for chosen, pixels in batches_of_pixels(images, model.config.vision.image_size, batch_size, device):
-        for number, image in enumerate(chosen, start=len(tokens)):
+        for image in chosen:
             if not image.texts:
                 raise ValueError(f"test image {image.key} has no caption; every image needs one")
-            words += [clean_caption(text, max_words) for text in image.texts]
-            owners += [number] * len(image.texts)
+        captions.append([image.texts for image in chosen])
         found = model.image_tokens(pixels)
         features.append(model.image_features(found))
         tokens += found.to(keep).split(1)
-    if not tokens:
+    each = [texts for batch in all_turns(captions) for texts in batch]  # of every image
+    if not each:
         raise ValueError("the test set has no image; shards must name clean shards with rows")
+    numbers = [number for batch in own_turns(batched(range(len(each)), batch_size)) for number in batch]
+    words = [clean_caption(text, max_words) for texts in each for text in texts]
+    owners = [number for number, texts in enumerate(each) for _ in texts]
     ids, mask = (tensor.to(device) for tensor in model.tokenizer(words, max_length))
     texts = Texts(ids, mask, torch.tensor(owners, device=device))
-    written = text_features(model, texts)
+    written, seen = text_features(model, texts), rows_of_turns(features, device)
     with torch.autocast(device.type, enabled=False):  # bf16 would make ties of what differs
-        return Encoded(tokens, texts, model.similarity(torch.cat(features), written))
+        return Encoded(tokens, numbers, texts, model.similarity(seen, written))
 
 
 def describe(name: str, metrics: dict[str, float]) -> str:

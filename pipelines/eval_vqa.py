@@ -3,24 +3,28 @@
 OUT holds answers.json ([{"question_id", "answer"}], what the VQA server takes) and metrics.json: the accuracy
 (pipelines.vqa_accuracy), the protocol, the digest of the weights and the fingerprint of the test set. A set
 without any answer, such as VQAv2's test-dev, gets answers and no score. In place of a model, `answers` may
-name such a file of answers, to be scored alone; it must answer every question once.
+name such a file of answers, to be scored alone; it must answer every question once. Several processes
+(torchrun) share the images and write the same as one.
 """
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from blip.distributed import rank
 from blip.generate import Decoding
 from blip.vqa import ANSWER, MAX_ANSWER, BlipVQA
 from blip.weights import load_vqa
 from capfilt.shards import write_json_atomically
 from pipelines.config import parse_args, run_main, save_config
-from pipelines.parallel import Precision, autocast, pick_device
+from pipelines.parallel import DTYPE, Precision, autocast, processes
 from pipelines.questions import Question
 from pipelines.testset import (
     AskedImage,
@@ -31,7 +35,12 @@ from pipelines.testset import (
     server_id,
     some,
 )
+from pipelines.turns import all_turns
 from pipelines.vqa_accuracy import normalise, vqa_accuracy
+from qformer import Stage2, load_stage2
+from qformer.language import ANSWER as BLIP2_ANSWER
+from qformer.stage2 import QUESTION
+from qformer.weights import is_blip2
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class VqaProtocol:
 
     candidates: str | None = None  # a JSON list of answers to choose from; null: answers are generated
     k: int = 128  # candidates whose first word is likeliest are ranked
-    decoding: Decoding = ANSWER  # of generated answers
+    decoding: Decoding | None = None  # of generated answers; null: BLIP's 3 beams, BLIP-2's 5 for short ones
+    template: str = QUESTION  # what the language model of BLIP-2 reads; {} is the question
     people: int = 10  # answered each question; 1, as in GQA: an answer is right if it is theirs
     image_size: int | None = None  # pixels; null: the model's
 
@@ -48,13 +58,15 @@ class VqaProtocol:
         for name in ("k", "people"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template is {self.template!r}; it must hold {{}} once, for the question")
 
 
 @dataclass(frozen=True)
 class VqaEvalRun:
     out: str
     shards: tuple[str, ...]  # shards of questions (make vqa-shards)
-    model: str | None = None  # fine-tuned for visual question answering
+    model: str | None = None  # a BLIP fine-tuned for it, or a stage 2 of BLIP-2, fine-tuned or not
     answers: str | None = None  # or a file of answers
     protocol: VqaProtocol = field(default_factory=VqaProtocol)
     limit: int | None = None  # the questions of the first so many images; null: all
@@ -77,13 +89,16 @@ def main(argv: list[str]) -> int:
         source = provenance(run.answers, run.shards)
         source["answers"] = source.pop("weights")
     else:
-        device = pick_device(run.device)
-        model = load_vqa(run.model, image_size=run.protocol.image_size).to(device)
         candidates = read_candidates(Path(run.protocol.candidates)) if run.protocol.candidates else None
-        with torch.inference_mode(), autocast(device, run.precision):
-            answers, questions = answer_all(model, images, run.protocol, candidates, run.batch_size)
+        with processes(run.device) as device:
+            model = load(run.model, run.protocol, run.precision).to(device)
+            decided = replace(run.protocol, decoding=run.protocol.decoding or usual_decoding(model))
+            with torch.inference_mode(), autocast(device, run.precision):
+                answers, questions = answer_all(model, images, decided, candidates, run.batch_size)
+            if rank() > 0:
+                return 0
         source = provenance(run.model, run.shards)
-        protocol |= asdict(run.protocol) | {"precision": run.precision}
+        protocol |= asdict(decided) | {"precision": run.precision}
         protocol |= {"image_size": model.config.vision.image_size, "answers": len(candidates or ()) or "open"}
     metrics = score_answers(answers, questions, run.protocol.people)
     out = Path(run.out)
@@ -98,30 +113,58 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def load(source: str, protocol: VqaProtocol, precision: Precision) -> BlipVQA | Stage2:
+    """What is to answer. Errors: ValueError for candidates that BLIP-2 would have to rank."""
+    if not is_blip2(source):
+        return load_vqa(source, image_size=protocol.image_size)
+    if protocol.candidates is not None:
+        raise ValueError(f"{source} is a BLIP-2, which writes its answers; set protocol.candidates to null")
+    return load_stage2(source, image_size=protocol.image_size, dtype=DTYPE[precision])
+
+
+def usual_decoding(model: BlipVQA | Stage2) -> Decoding:
+    """That of the model's paper."""
+    return BLIP2_ANSWER if isinstance(model, Stage2) else ANSWER
+
+
 def answer_all(
-    model: BlipVQA,
+    model: BlipVQA | Stage2,
     images: Iterable[AskedImage],
     protocol: VqaProtocol,
     candidates: Sequence[str] | None,
     batch_size: int,
 ) -> tuple[dict[str, str], dict[str, Question]]:
     """(id -> answer, id -> question), in order. Errors: ValueError as `questions_of`, or a broken image."""
-    if model.tokenizer is None:
-        raise ValueError("answers need the model's vocabulary, and this folder has none")
-    tokens = model.tokenizer(candidates, MAX_ANSWER) if candidates else None
+    answer = answerer_of(model, protocol, candidates)
     device = next(model.parameters()).device
-    answers: list[str] = []
-    seen: list[AskedImage] = []
+    own: list[list[tuple[AskedImage, list[str]]]] = []  # batches of this process
     for chosen, pixels in batches_of_pixels(images, model.config.vision.image_size, batch_size, device):
         asked = [question.question for image in chosen for question in image.questions]
         about = [number for number, image in enumerate(chosen) for _ in image.questions]
-        if candidates and tokens:
-            answers += [candidates[i] for i in model.rank(pixels, asked, tokens, protocol.k, about)]
-        else:
-            answers += model.answer(pixels, asked, protocol.decoding, images=about)
-        seen += [AskedImage(image.key, b"", image.questions) for image in chosen]
-    questions = questions_of(seen)
-    return dict(zip(questions, answers, strict=True)), questions
+        said = iter(answer(pixels, asked, about))
+        seen = [AskedImage(image.key, b"", image.questions) for image in chosen]
+        own.append([(image, list(islice(said, len(image.questions)))) for image in seen])
+    found = [row for batch in all_turns(own) for row in batch]
+    questions = questions_of(image for image, _ in found)
+    return dict(zip(questions, (one for _, answers in found for one in answers), strict=True)), questions
+
+
+def answerer_of(
+    model: BlipVQA | Stage2, protocol: VqaProtocol, candidates: Sequence[str] | None
+) -> Callable[[Tensor, Sequence[str], Sequence[int]], list[str]]:
+    """Pixels [B, 3, S, S], questions and the number of the image of each -> an answer to each."""
+    decoding = protocol.decoding or usual_decoding(model)
+    if isinstance(model, Stage2):
+        write, template = model.answer, protocol.template
+        return lambda pixels, asked, about: write(pixels, asked, decoding, template=template, images=about)
+    if model.tokenizer is None:
+        raise ValueError("answers need the model's vocabulary, and this folder has none")
+    if not candidates:
+        plain = model.answer
+        return lambda pixels, asked, about: plain(pixels, asked, decoding, images=about)
+    choose, words, k = model.rank, list(candidates), protocol.k
+    tokens = model.tokenizer(words, MAX_ANSWER)
+    return lambda pixels, asked, about: [words[i] for i in choose(pixels, asked, tokens, k, about)]
 
 
 def questions_of(images: Iterable[AskedImage]) -> dict[str, Question]:

@@ -1,10 +1,12 @@
 """Zero-shot classification by class names, on several sets of the same classes, and a linear probe: as CLIP.
 
+The model is a MED that reads, a CLIP, or a stage 1 of BLIP-2, whose query most like the class counts.
 The files of classes and templates hold one a line ("a photo of a {}."); a set is a folder with a folder for
 each class, or parquet with a label column (pipelines.labelled). The drop of a set is measured from the first.
 With `probe.train`, a set too, logistic regression on the features of the class token is fitted to that set
 and judged on the others. OUT holds metrics.json: results by set and by class, the protocol, the digest of the
-weights and the fingerprints of the sets.
+weights and the fingerprints of the sets. Several processes (torchrun) share the images and find the same
+numbers as one.
 """
 
 import sys
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from blip.checkpoint import digest
 from blip.clip import Clip
+from blip.distributed import rank
 from blip.image import crop_transform, image_transform
 from blip.model import Blip
 from blip.tokenizer import clean_caption
@@ -35,8 +38,9 @@ from pipelines.labelled import (
     read_images,
     read_templates,
 )
-from pipelines.parallel import Precision, autocast, pick_device
+from pipelines.parallel import Precision, autocast, processes
 from pipelines.testset import batches_of_pixels
+from pipelines.turns import batched, own_turns, rows_of_turns
 from pipelines.zeroshot import (
     best_strength,
     class_embeddings,
@@ -48,8 +52,10 @@ from pipelines.zeroshot import (
     validation_rows,
     with_drops,
 )
+from qformer import Stage1, load_stage1
+from qformer.weights import is_blip2
 
-Encoder = Blip | Clip
+Encoder = Blip | Clip | Stage1
 TRAIN = "probe.train"  # what the training set of the probe is called among the sets
 TEXTS = 256  # prompts in a batch
 
@@ -64,7 +70,7 @@ class ProbeConfig:
 @dataclass(frozen=True)
 class ZeroshotRun:
     out: str
-    model: str  # a MED that reads (ITC), or a CLIP of transformers or open_clip
+    model: str  # a MED that reads (ITC), a stage 1, or a CLIP of transformers or open_clip
     classes: str  # a file with a class a line
     templates: str  # a file with a template a line
     sets: dict[str, ImageSet]  # the first is what the others are compared with
@@ -86,16 +92,34 @@ class ZeroshotRun:
 def main(argv: list[str]) -> int:
     run = parse_args(argv, ZeroshotRun)
     classes, templates = read_classes(run.classes), read_templates(run.templates)
-    sets = run.sets | ({TRAIN: run.probe.train} if run.probe.train else {})
-    numbers = {name: class_numbers(name, one, classes, run.columns) for name, one in sets.items()}
-    device = pick_device(run.device)
-    model = load_encoder(run.model, run.image_size).to(device)
-    labels = {name: torch.tensor(found, device=device) for name, found in numbers.items()}
-    result = {"zeroshot": zeroshot(model, run, classes, templates, labels)}
-    if run.probe.train:
-        result["probe"] = probe(model, run, run.probe.train, classes, labels)
+    numbers = {name: class_numbers(name, one, classes, run.columns) for name, one in sets_of(run).items()}
+    with processes(run.device) as device:
+        model = load_encoder(run.model, run.image_size).to(device)
+        if run.probe.train and isinstance(model, Stage1):
+            raise ValueError(
+                "probe.train asks for the class token of a stage 1, which is that of its frozen vision "
+                "encoder: there is nothing of the training in it; leave probe out"
+            )
+        labels = {name: torch.tensor(found, device=device) for name, found in numbers.items()}
+        result = {"zeroshot": zeroshot(model, run, classes, templates, labels)}
+        if run.probe.train:
+            result["probe"] = probe(model, run, run.probe.train, classes, labels)
+        if rank() == 0:
+            save(run, result, classes, templates, model.config.vision.image_size)
+    return 0
+
+
+def save(
+    run: ZeroshotRun,
+    result: dict[str, Any],
+    classes: Sequence[Class],
+    templates: Sequence[str],
+    image_size: int,
+) -> None:
+    """Write what was found, and tell a person."""
+    sets = sets_of(run)
     save_config(run, run.out)
-    protocol: dict[str, Any] = {"image_size": model.config.vision.image_size, "max_length": run.max_length}
+    protocol: dict[str, Any] = {"image_size": image_size, "max_length": run.max_length}
     protocol |= {"templates": templates, "classes": len(classes), "precision": run.precision}
     data: dict[str, Any] = {
         "sets": {name: asdict(one) | {"fingerprint": fingerprint(one)} for name, one in sets.items()}
@@ -108,12 +132,17 @@ def main(argv: list[str]) -> int:
     for name, found in result.items():
         print(describe(name, found["sets"]))
     print(f"written to {run.out}/metrics.json")
-    return 0
+
+
+def sets_of(run: ZeroshotRun) -> dict[str, ImageSet]:
+    """All that are read."""
+    return run.sets | ({TRAIN: run.probe.train} if run.probe.train else {})
 
 
 def load_encoder(source: str, image_size: int | None) -> Encoder:
     """In eval mode. Errors: ValueError as the loaders, or where texts cannot be encoded."""
-    model: Encoder = (load_clip if is_clip(source) else load_blip)(source, image_size=image_size)
+    load = load_clip if is_clip(source) else load_stage1 if is_blip2(source) else load_blip
+    model: Encoder = load(source, image_size=image_size)
     if model.tokenizer is None or (isinstance(model, Blip) and not model.config.text.reads):
         raise ValueError("this needs a model that reads texts (ITC) and its vocabulary")
     return model
@@ -129,8 +158,18 @@ def zeroshot(
     """{"sets": {set: results}, "classes": {set: {class: results}}}; labels [I] of each set."""
     texts = prompts([one.name for one in classes], templates)
     embeddings = class_embeddings(encode_texts(model, run, texts), len(templates))  # [C, E]
-    features = {name: encode_images(model.encode_images, model, run, one) for name, one in run.sets.items()}
-    return judge({name: found @ embeddings.T for name, found in features.items()}, labels, classes)
+
+    def cosines(pixels: Tensor) -> Tensor:
+        return similarity(model, model.encode_images(pixels).float(), embeddings)
+
+    scores = {name: encode_images(cosines, model, run, one) for name, one in run.sets.items()}
+    return judge(scores, labels, classes)
+
+
+def similarity(model: Encoder, images: Tensor, classes: Tensor) -> Tensor:
+    """Cosines [B, C] of image features, [B, E] or [B, Q, E] of a stage 1's queries, and classes [C, E]."""
+    with torch.autocast(images.device.type, enabled=False):  # bf16 would make ties of what differs
+        return images @ classes.T if isinstance(model, Clip) else model.similarity(images, classes)
 
 
 def probe(
@@ -177,26 +216,26 @@ def encode_texts(model: Encoder, run: ZeroshotRun, texts: Sequence[str]) -> Tens
     """Unit features [R, E] of R texts."""
     assert model.tokenizer is not None
     device = next(model.parameters()).device
-    cleaned = [clean_caption(text) for text in texts] if isinstance(model, Blip) else texts
+    cleaned = texts if isinstance(model, Clip) else [clean_caption(text) for text in texts]
     found = []
     with autocast(device, run.precision):
-        for start in range(0, len(cleaned), TEXTS):
-            ids, mask = model.tokenizer(cleaned[start : start + TEXTS], run.max_length)
+        for some in own_turns(batched(cleaned, TEXTS)):
+            ids, mask = model.tokenizer(some, run.max_length)
             found.append(model.encode_texts(ids.to(device), mask.to(device)).float())
-    return torch.cat(found)
+    return rows_of_turns(found, device)
 
 
 @torch.no_grad()
 def encode_images(
     encode: Callable[[Tensor], Tensor], model: Encoder, run: ZeroshotRun, given: ImageSet
 ) -> Tensor:
-    """Features [I, E] of all images of a set; `encode` takes pixels [B, 3, S, S] to features of `model`."""
+    """What `encode` gives for all images of a set, [I, ...]; it takes pixels [B, 3, S, S] to [B, ...]."""
     device = next(model.parameters()).device
     size = model.config.vision.image_size
     transform = crop_transform if isinstance(model, Clip) else image_transform
     batches = batches_of_pixels(read_images(given, run.columns), size, run.batch_size, device, transform)
     with autocast(device, run.precision):
-        return torch.cat([encode(pixels).float() for _, pixels in batches])
+        return rows_of_turns([encode(pixels).float() for _, pixels in batches], device)
 
 
 def describe(name: str, sets: Mapping[str, Mapping[str, float]]) -> str:

@@ -9,6 +9,7 @@
 OUT holds 00000.parquet, ... with one row per image ({key, image, captions}, in the order of the annotations;
 the key is their image id), _done/ and, once all is written, ingest.json: the counts, and every image that was
 dropped, with the reason. A finished shard is not written again, unless files that it lacks have appeared.
+Where a coco file tells the domains of its images, as NoCaps' does, domains.json holds them by key.
 Exit code 3: finished, but some image files are missing or broken.
 """
 
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.schema import CLEAN
+from capfilt.shards import write_json_atomically
 from pipelines.annotations import (
+    DOMAINS,
     Annotation,
     BlipList,
     Coco,
@@ -28,6 +31,7 @@ from pipelines.annotations import (
     Table,
     read_blip_list,
     read_coco,
+    read_domains,
     read_folder,
     read_karpathy,
     read_table,
@@ -77,7 +81,10 @@ def annotations_of(run: IngestRun) -> Iterator[Annotation[str]]:
 def ingest(run: IngestRun) -> Summary:
     """As `write_shards`. White space around captions goes."""
     none = "no_caption" if run.require_captions else ""
-    return write_shards(run, annotations_of(run), Kind("captions", none, CLEAN, _usable, _record))
+    summary = write_shards(run, annotations_of(run), Kind("captions", none, CLEAN, _usable, _record))
+    if run.coco and (domains := read_domains(run.coco.file)):
+        write_json_atomically(Path(run.out) / DOMAINS, domains)
+    return summary
 
 
 def _usable(text: str) -> str | None:

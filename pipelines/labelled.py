@@ -47,6 +47,19 @@ class LabelledImage:
     data: bytes
 
 
+@dataclass(frozen=True)
+class FolderImage:
+    """An image of a folder, which is opened where its bytes are asked for: in one of several processes."""
+
+    key: str
+    label: str | None
+    path: Path
+
+    @property
+    def data(self) -> bytes:
+        return self.path.read_bytes()
+
+
 def read_lines(path: str) -> list[str]:
     """The lines that hold something. Errors: ValueError where there is none, or a line comes twice."""
     try:
@@ -109,7 +122,9 @@ def class_numbers(name: str, given: ImageSet, classes: Sequence[Class], columns:
     return found
 
 
-def read_images(given: ImageSet, columns: LabelColumns, with_data: bool = True) -> Iterator[LabelledImage]:
+def read_images(
+    given: ImageSet, columns: LabelColumns, with_data: bool = True
+) -> Iterator[LabelledImage | FolderImage]:
     """Every image of a set, in the order of names or rows. Errors: ValueError where there is none."""
     place = Path(given.images)
     if files := _parquet_files(place):
@@ -119,7 +134,7 @@ def read_images(given: ImageSet, columns: LabelColumns, with_data: bool = True) 
     for one in read_folder(place):
         parts = PurePosixPath(one.image).parts
         label = parts[0] if len(parts) > 1 else None
-        yield LabelledImage(one.image, label, (place / one.image).read_bytes() if with_data else b"")
+        yield FolderImage(one.image, label, place / one.image)
 
 
 def fingerprint(given: ImageSet) -> str:

@@ -1,7 +1,8 @@
-"""AdamW, its two parameter groups, and the learning rate as a pure function of the step.
+"""AdamW, its parameter groups, and the learning rate as a pure function of the step.
 
-A schedule here returns the rate for the update number `step` (0 is the first). The trainer writes it into
-`optimizer.param_groups`; there is no scheduler object, hence nothing to save and nothing to resume.
+A schedule here returns the rate for the update number `step` (0 is the first). The trainer writes it, times
+the `scale` of each group, into `optimizer.param_groups`; there is no scheduler object, hence nothing to save
+and nothing to resume.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from blip.vision import VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["cosine", "step_decay", "constant"] = "cosine"
     decay_rate: float = 0.9  # step_decay only: the factor per epoch (paper 0.85, published code 0.9)
+    layer_decay: float = 1.0  # of the rate, from each block of the ViT to the one before it; 1: none
     grad_clip: float | None = None  # largest gradient norm; BLIP clips nothing
 
     def __post_init__(self) -> None:
@@ -34,6 +38,7 @@ class OptimConfig:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             ("decay_rate", 0 < self.decay_rate <= 1, "in (0, 1]"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
             ("grad_clip", self.grad_clip is None or self.grad_clip > 0, "null or above 0"),
         )
         for name, holds, allowed in rules:
@@ -106,26 +111,55 @@ def warmup_step_decay(
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` as one group with weight decay and one without.
+    """The trainable parameters of `model` with weight decay and without, a group for each scale of the rate.
 
     Decay pulls towards 0. That is a prior for matrices; for a norm's gain it aims at the wrong value (1 is
     neutral), for a bias or the 0-D temperature it only adds error. BLIP decays all of them alike, a
     difference to bear in mind when curves are compared; LAVIS exempts 1-D parameters and biases as here, but
-    decays the temperature. Raises ValueError if nothing is trainable.
+    decays the temperature. Raises ValueError if nothing is trainable, or `layer_decay` finds no ViT to train.
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    scales = vision_scales(model, config.layer_decay)
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or name.endswith("bias")
-            (no_decay if is_plain else decay).append(parameter)
-    if not decay and not no_decay:
+            found.setdefault((is_plain, scales.get(parameter, 1.0)), []).append(parameter)
+    if not found:
         raise ValueError("the model has no trainable parameter: every requires_grad is False")
-    groups = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
+    if config.layer_decay < 1 and not any(parameter.requires_grad for parameter in scales):
+        raise ValueError(
+            f"layer_decay is {config.layer_decay}, but the model trains no ViT; set trains_vision of the "
+            "model or of its start to true, or leave layer_decay out"
+        )
+    return [
+        {"params": found[kind], "weight_decay": 0.0 if kind[0] else config.weight_decay, "scale": kind[1]}
+        for kind in sorted(found)
     ]
-    return [group for group in groups if group["params"]]
+
+
+def vision_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """By what the rate of each weight of a ViT is multiplied; all other weights keep the rate.
+
+    The last block has `decay`, and each before it has it once more: block i `decay ** (depth - i)`, and the
+    patch embedding, class token, positions and a norm before the blocks `decay ** (depth + 1)`. A norm after
+    them goes with the last block. These are the `lr_scales` of LAVIS, models/blip2_models/blip2.py
+    `get_optimizer_params` and eva_vit.py `get_num_layer`; its schedulers (common/optims.py) write one rate
+    over all groups, so that there they do nothing.
+    """
+    scales = {}
+    for module in model.modules():
+        if isinstance(module, VisionEncoder):
+            depth = len(module.vit.blocks)
+            for name, parameter in module.vit.named_parameters():
+                match name.split("."):
+                    case ["blocks", number, *_]:
+                        power = depth - int(number)
+                    case ["norm", *_]:
+                        power = 1
+                    case _:
+                        power = depth + 1
+                scales[parameter] = decay**power
+    return scales
 
 
 def make_optimizer(

@@ -5,7 +5,7 @@ torchrun is the contract: it sets the environment that `processes` reads.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -84,6 +86,14 @@ def gather_objects(mine: Any) -> list[Any]:
     return found
 
 
+def from_first(mine: Any) -> Any:
+    """What the first process has, its tensors on the CPU. Every process must call it."""
+    found = [mine]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def data_parallel(model: nn.Module) -> nn.Module:
     """The model whose backward pass leaves the mean gradient of all processes; the model itself in one."""
     if world_size() == 1:
@@ -111,15 +121,62 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def checkpoint_activations(
-    blocks: nn.ModuleList | nn.Sequential, last: int, backend: Checkpointing = "torch"
-) -> None:
+def node_mesh(device: torch.device) -> DeviceMesh:
+    """The processes of this node, for `shard`. Every process must call it.
+
+    What is frozen has no gradient, so a node that holds all of it never has to hear from another.
+    """
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if world_size() % per_node:
+        raise ValueError(
+            f"of {world_size()} processes {per_node} are on this node, so others have another number; "
+            "train.shard_frozen needs as many on each, start all with the same NPROC"
+        )
+    shape = (world_size() // per_node, per_node)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("node", "process"))["process"]
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """One process of a node after the other: the host may not hold at once what each of them loads."""
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))):
+        if turn == int(os.environ.get("LOCAL_RANK", rank())):
+            yield
+        wait_for_all()
+
+
+def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Spread the weights of the blocks of a frozen module over the processes of `mesh` (FSDP2).
+
+    A block is gathered when it computes, forward or backward, and let go after it. What is in no block, such
+    as word embeddings, stays whole and where it is. Blocks move to the device of the mesh one by one, so that
+    no device has to hold all of them. From now on all processes must run the module, and equally often.
+    """
+    if not blocks:
+        raise ValueError(
+            f"a {type(module).__name__} says of no part that it is a block; set train.shard_frozen to false"
+        )
+    whole = set(module.parameters()) - {weight for block in blocks for weight in block.parameters()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, ignored_params=whole)  # so that one block is gathered while one computes
+    module.register_forward_hook(_no_backward)
+
+
+def _no_backward(module: nn.Module, _: Any, output: Any) -> None:
+    """FSDP2 notes every forward pass until a backward pass comes. Through a frozen encoder none ever does."""
+    forget = getattr(module, "reset_iter_state", None)  # older torch has none: 2 kB a step then stay behind
+    if forget and isinstance(output, Tensor) and not output.requires_grad:
+        forget()
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module], last: int, backend: Checkpointing = "torch") -> None:
     """Forget the activations of the `last` blocks, to compute them again in the backward pass.
 
     Only `forward` is replaced: wrapping the blocks would rename their parameters for whoever looks them up,
     such as the momentum teacher. fairscale, which BLIP and LAVIS use, takes blocks of one tensor: a ViT's.
     """
-    for block in list(blocks)[max(0, len(blocks) - last) :]:
+    for block in list(blocks)[-last:] if last else ():
         if backend == "torch":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         else:

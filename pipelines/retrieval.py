@@ -3,6 +3,7 @@
 The protocol of ALBEF and BLIP (salesforce/BLIP train_retrieval.py): candidates are ranked by cosine of ITC;
 the best k are ranked again by ITM logit + cosine and stay ahead of the others. A hit at n means that one of
 the right candidates is among the first n.
+Several processes share the batches of texts, and the images whose pairs are matched (pipelines.turns).
 Shapes: I images, T texts, Q queries, C candidates, E shared embedding.
 """
 
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blip.distributed import Rows
 from blip.model import Blip
+from pipelines.turns import own_turns, rows_of_turns
 from qformer import Stage1
 
 CUTS = (1, 5, 10)
@@ -58,8 +61,8 @@ def retrieval_metrics(to_text: Tensor, to_image: Tensor, image_of_text: Tensor) 
 def text_features(model: Retriever, texts: Texts, batch: int = 256) -> Tensor:
     """Unit ITC features [T, E]; texts of like length share a batch, so little padding is computed."""
     order = texts.mask.sum(1).argsort()
-    features = torch.cat([model.encode_texts(*_cut(texts, rows)) for rows in order.split(batch)])
-    return features[order.argsort()]
+    found = [model.encode_texts(*_cut(texts, rows)) for rows in own_turns(order.split(batch))]
+    return rows_of_turns(found, texts.ids.device)[order.argsort()]
 
 
 @torch.inference_mode()
@@ -73,23 +76,33 @@ def rerank(
 ) -> tuple[Tensor, Tensor]:
     """Scores [I, T] and [T, I] whose best k of each row carry ITM logit + cosine, the others cosine - 1000.
 
-    `images` gives (number of the image, its tokens [1, N, D]), each once; `cosine` [I, T]. A pair that is
-    among the best of both its image and its text is scored once, and all pairs of an image share its
-    projected keys and values.
+    `images` gives (number of the image, its tokens [1, N, D]), each once and in one process; `cosine` [I, T].
+    A pair that is among the best of both its image and its text is scored once, and all pairs of an image
+    share its projected keys and values.
     """
     k_text, k_image = min(k, cosine.size(1)), min(k, cosine.size(0))
     of_image = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, cosine.topk(k_text, 1).indices, True)
     of_text = torch.zeros_like(of_image).scatter_(0, cosine.topk(k_image, 0).indices, True)  # [I, T]
     matched = torch.zeros_like(cosine)
+    own: list[int] = []
     for number, tokens in images:
+        own.append(number)
         projected = model.project_image(tokens)
         chosen = (of_image | of_text)[number].nonzero()[:, 0]
         chosen = chosen[texts.mask[chosen].sum(1).argsort()]
         for rows in chosen.split(batch):
             matched[number, rows] = model.match_projected(*_cut(texts, rows), projected)[:, 1].to(cosine)
+    _share_rows(matched, torch.tensor(own, dtype=torch.long, device=cosine.device))
     late = cosine - 1000
     whole = cosine + matched
     return torch.where(of_image, whole, late), torch.where(of_text, whole, late).T
+
+
+def _share_rows(table: Tensor, own: Tensor) -> None:
+    """The rows `own` of each process's table [I, T] go into the tables of all."""
+    rows = Rows.of(len(own), table.device)
+    if len(rows.counts) > 1:
+        table[rows.gather(own)] = rows.gather(table[own])
 
 
 def _cut(texts: Texts, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Held-out images with their captions or questions, from shards; and what is written beside a result.
 
 `pipelines.ingest` and `pipelines.ingest_vqa` make such shards, one row an image, in the order of the
-annotations.
+annotations. Beside them lie ingest.json, which tells what they lack, and for NoCaps the domains of images.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,13 @@ from blip.checkpoint import digest
 from blip.image import ImageError, decode, image_transform
 from blip.weights_files import locate
 from capfilt.parquet import open_parquet
-from capfilt.schema import ShardError
+from capfilt.schema import ShardError, short_reason
 from capfilt.shards import input_fingerprint
+from pipelines.annotations import DOMAINS
 from pipelines.data import files_in, is_clean
+from pipelines.image_shards import OBJECTIONS
 from pipelines.questions import Question, is_vqa, read_question
+from pipelines.turns import batched, own_turns
 
 THREADS = 8  # they decode; Pillow does so without holding Python's lock
 READ_ROWS = 64
@@ -64,9 +68,15 @@ class AskedImage:
     questions: tuple[Question, ...]
 
 
-def read_testset(shards: Sequence[str], limit: int | None = None) -> Iterator[TestImage]:
-    """Every row of clean shards, or the first `limit`. ValueError for other shards or a double key."""
-    for row in islice(_rows(shards, "captions", is_clean, "clean shard", "make shards"), limit):
+def read_testset(
+    shards: Sequence[str], limit: int | None = None, with_images: bool = True
+) -> Iterator[TestImage]:
+    """Every row of clean shards, or the first `limit`. ValueError for other shards or a double key.
+
+    Without images, which are most of what there is to read, `data` is empty.
+    """
+    rows = _rows(shards, "captions", is_clean, "clean shard", "make shards", with_images)
+    for row in islice(rows, limit):
         texts = tuple(caption["text"] for caption in row["captions"] or [] if caption["text"])
         yield TestImage(row["key"], _bytes(row), texts)
 
@@ -89,16 +99,58 @@ def files(shards: Sequence[str]) -> list[Path]:
     return found
 
 
+def refuse_gaps(shards: Sequence[str], subset: bool) -> int:
+    """How many annotated images folders of shards lack, since their files were missing or broken.
+
+    Errors: ValueError that lists them, unless a `subset` was asked for: what is left is another test set.
+    """
+    reports = [_beside(place, "ingest.json") for place in shards]
+    dropped = [image for report in reports for image in report.get("dropped", ())]
+    lost = [image["key"] for image in dropped if image["reason"] not in OBJECTIONS]
+    if lost and not subset:
+        raise ValueError(
+            f"{', '.join(shards)}: lacks {len(lost)} of the annotated images ({some(lost)}), and scores of a "
+            "part are not those of the whole; put the files there and run make shards again, or set "
+            "subset=true"
+        )
+    return len(lost)
+
+
+def domains_of(shards: Sequence[str]) -> dict[str, str]:
+    """Key -> domain of the images of folders of shards, where the annotations told them (NoCaps)."""
+    return {key: domain for place in shards for key, domain in _beside(place, DOMAINS).items()}
+
+
+def _beside(place: str, name: str) -> dict[str, Any]:
+    """A JSON object in a folder of shards, empty where there is none."""
+    path = Path(place) / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({short_reason(error)}); run make shards again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object; run make shards again")
+    return found
+
+
 def _rows(
-    shards: Sequence[str], column: str, fits: Callable[[Any], bool], kind: str, maker: str
+    shards: Sequence[str],
+    column: str,
+    fits: Callable[[Any], bool],
+    kind: str,
+    maker: str,
+    with_images: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Rows {key, image, `column`} of files whose columns fit."""
+    columns = ["key", *(["image"] if with_images else []), column]
     seen: set[str] = set()
     for path in files(shards):
         with open_parquet(path) as file:
             if not fits(file.schema_arrow) or "key" not in file.schema_arrow.names:
                 raise ShardError(f"{path}: is no {kind} {{key, image, {column}}}; `{maker}` writes them")
-            for rows in file.iter_batches(READ_ROWS, columns=["key", "image", column]):
+            for rows in file.iter_batches(READ_ROWS, columns=columns):
                 for row in rows.to_pylist():
                     if row["key"] in seen:
                         raise ShardError(
@@ -109,7 +161,7 @@ def _rows(
 
 
 def _bytes(row: dict[str, Any]) -> bytes:
-    return (row["image"] or {}).get("bytes") or b""
+    return (row.get("image") or {}).get("bytes") or b""
 
 
 def batches_of_pixels(
@@ -121,6 +173,7 @@ def batches_of_pixels(
 ) -> Iterator[tuple[list[I], Tensor]]:
     """(B images, their pixels [B, 3, S, S]) in order; the next batch is decoded while one is in use.
 
+    Of several processes each gets whole batches in turn, see `pipelines.turns`, and reads the names of all.
     Errors: ValueError that names an image which cannot be decoded: a test set is whole, or another one.
     """
 
@@ -132,11 +185,11 @@ def batches_of_pixels(
                 f"test image {image.key} cannot be decoded ({error}); make its shard again"
             ) from error
 
-    source = iter(images)
+    source = own_turns(batched(images, batch_size))
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: tuple[list[I], list[Tensor]] | None = None
         while True:
-            chosen = list(islice(source, batch_size))
+            chosen: list[I] = next(source, [])
             decoded = pool.map(pixels, chosen)
             if waiting:
                 yield waiting[0], torch.stack(waiting[1]).to(device)
@@ -147,11 +200,15 @@ def batches_of_pixels(
 
 def provenance(model: str, shards: Sequence[str]) -> dict[str, object]:
     """What a result holds for: the digest of the weights, the fingerprint of the test set."""
-    prints = hashlib.sha256("".join(map(input_fingerprint, files(shards))).encode()).hexdigest()
     return {
         "weights": {"source": model, "sha256": digest(locate(model))},
-        "data": {"shards": list(shards), "fingerprint": prints},
+        "data": {"shards": list(shards), "fingerprint": fingerprint(shards)},
     }
+
+
+def fingerprint(shards: Sequence[str]) -> str:
+    """Of a test set: sha256 of the fingerprints of its files."""
+    return hashlib.sha256("".join(map(input_fingerprint, files(shards))).encode()).hexdigest()
 
 
 def some(names: Sequence[str]) -> str:

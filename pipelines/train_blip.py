@@ -60,6 +60,10 @@ class TrainRun:
             raise ValueError(
                 "start and model (or init) are both given; a run starts from trained weights or anew"
             )
+        if self.data.features is not None:
+            raise ValueError(
+                "data.features are tokens of a frozen encoder, but a Blip trains its own; leave it out"
+            )
 
 
 def build(run: TrainRun) -> Blip:

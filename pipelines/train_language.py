@@ -24,6 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from blip.model import IGNORED
 from pipelines.config import parse_args, run_main, save_config
 from pipelines.optim import OptimConfig, lr_at, make_optimizer
 from pipelines.world import WorldConfig, make_scene
@@ -33,6 +34,8 @@ from qformer.stage2 import QUESTION
 from qformer.texts import EncoderDecoderTokenizer, split_prefix
 
 IMAGE_TOKEN = "<image>"  # so that `export_hf` of a stage 2 finds a row for it
+BOS = "</s>"  # OPT's: begins and ends alike
+ASKED = ("what colour is", "what shape is")  # what brief captions tell
 SPARE = 8  # rows of the word embedding that no token has
 
 
@@ -77,22 +80,40 @@ class LanguageRun:
             raise ValueError("give either opt or t5, the shape of the language model")
 
 
-def world_texts(config: WorldConfig, scenes: int, seed: int) -> list[str]:
-    """Captions, brief and detailed, and captions with a question and its answer; three of each scene."""
+@dataclass(frozen=True)
+class Page:
+    """What is written about one scene, so that a reader can tell the rest from the beginning."""
+
+    told: tuple[str, ...]  # captions, each of which is enough to answer what is asked
+    asked: tuple[tuple[str, str], ...]  # questions and answers
+
+
+def world_pages(config: WorldConfig, scenes: int, seed: int) -> list[Page]:
+    """A page of each scene: two brief captions and a detailed one, in any order, and two questions."""
     found = []
     for number in range(scenes):
         rng = np.random.default_rng([seed, number])
         scene = make_scene(config, rng)
-        asked = list(ask(scene, config.palette(), rng))
-        question, answers = asked[int(rng.integers(len(asked)))]
-        (brief,), (detailed,) = brief_captions(scene, rng, 1), captions(scene, rng, 1)
-        told = (brief, detailed)[int(rng.integers(2))]
-        found += [
-            brief,
-            detailed,
-            f"{told} {QUESTION.format(question)} {max(answers, key=answers.__getitem__)}",
-        ]
+        told = [*brief_captions(scene, rng, 2), *captions(scene, rng, 1)]
+        asked = [(q, max(a, key=a.__getitem__)) for q, a in ask(scene, config.palette(), rng)]
+        asked = [pair for pair in asked if pair[0].startswith(ASKED)]
+        order, chosen = rng.permutation(len(told)), rng.permutation(len(asked))[:2]
+        found.append(Page(tuple(told[i] for i in order), tuple(asked[i] for i in chosen)))
     return found
+
+
+def lines_of(page: Page, rng: random.Random) -> list[str]:
+    """A caption, and then the rest in any order."""
+    first, *others = page.told
+    others += [f"{QUESTION.format(question)} {answer}" for question, answer in page.asked]
+    return [first, *rng.sample(others, len(others))]
+
+
+def world_texts(config: WorldConfig, scenes: int, seed: int) -> list[str]:
+    """All lines of the pages."""
+    return [
+        line for page in world_pages(config, scenes, seed) for line in lines_of(page, random.Random(seed))
+    ]
 
 
 # ---- a causal model, as OPT ----------------------------------------------------------------------
@@ -124,22 +145,22 @@ def new_opt(shape: OPTShape, tokenizer: PreTrainedTokenizerFast) -> OPTForCausal
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        init_std=0.02 * (768 / shape.hidden_size) ** 0.5,  # OPT's belongs to its width
     )
     return OPTForCausalLM(config)
 
 
 def opt_batches(
-    run: LanguageRun, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    run: LanguageRun, pages: list[Page], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[dict[str, Tensor]]:
-    """Rows [B, length] cut from one long text, where every line ends; for ever."""
+    """Pages, each line from <s> to its break as stage 2 will give it behind a soft prompt; for ever."""
     rng = random.Random(run.seed)
-    lines = [row + tokenizer("\n")["input_ids"] for row in tokenizer(texts)["input_ids"]]
     while True:
-        rng.shuffle(lines)
-        tokens = torch.tensor([token for line in lines for token in line])
-        rows = tokens[: len(tokens) // run.length * run.length].view(-1, run.length)
-        for ids in rows.split(run.batch_size):
-            yield {"input_ids": ids, "labels": ids}
+        drawn = rng.choices(pages, k=run.batch_size)
+        rows = [f"{BOS}" + f"\n{BOS}".join(lines_of(page, rng)) + "\n" for page in drawn]
+        found = tokenizer(rows, padding=True, truncation=True, max_length=run.length, return_tensors="pt")
+        labels = found["input_ids"].masked_fill(found["attention_mask"] == 0, IGNORED)
+        yield {**found, "labels": labels}
 
 
 # ---- an encoder-decoder, as FlanT5 ---------------------------------------------------------------
@@ -178,19 +199,20 @@ def new_t5(shape: T5Shape, tokenizer: PreTrainedTokenizerFast) -> T5ForCondition
 
 
 def t5_batches(
-    run: LanguageRun, texts: list[str], tokenizer: PreTrainedTokenizerFast
+    run: LanguageRun, pages: list[Page], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[dict[str, Tensor]]:
-    """Beginnings to read and the rest to write, and questions with their answers; for ever."""
+    """Captions to read; to write another, or what is left of it, or an answer. For ever."""
     rng, words = random.Random(run.seed), EncoderDecoderTokenizer(tokenizer)
-    asking, answering = QUESTION.split("{}")
     while True:
-        drawn = rng.choices(texts, k=run.batch_size)
-        pairs = [
-            (f"{text.rpartition(answering)[0]}{answering}", text.rpartition(answering)[2])
-            if asking in text
-            else split_prefix(text, rng.random())
-            for text in drawn
-        ]
+        pairs = []
+        for page in rng.choices(pages, k=run.batch_size):
+            known, other, *_ = rng.sample(page.told, 2)
+            if rng.random() < 0.5:
+                question, answer = rng.choice(page.asked)
+                pairs.append((f"{known} {QUESTION.format(question)}", answer))
+            else:
+                begun, rest = split_prefix(other, rng.random()) if rng.random() < 0.5 else ("", other)
+                pairs.append((f"{known} {begun}", rest))
         given, wanted = zip(*pairs, strict=True)
         found = words(given, wanted, run.length)
         yield {"input_ids": found.ids, "attention_mask": found.mask, "labels": found.labels}
@@ -217,15 +239,16 @@ def pretrain(run: LanguageRun, lm: PreTrainedModel, batches: Iterator[dict[str, 
 def main(argv: list[str]) -> int:
     run = parse_args(argv, LanguageRun)
     torch.manual_seed(run.seed)
-    texts = world_texts(run.world, run.scenes, run.seed)
+    pages = world_pages(run.world, run.scenes, run.seed)
+    texts = [line for page in pages for line in lines_of(page, random.Random(run.seed))]
     if run.opt is not None:
         tokenizer = opt_tokenizer(texts, run.vocabulary)
         lm: PreTrainedModel = new_opt(run.opt, tokenizer)
-        batches = opt_batches(run, texts, tokenizer)
+        batches = opt_batches(run, pages, tokenizer)
     else:
         tokenizer = t5_tokenizer(texts, run.vocabulary)
         lm = new_t5(run.t5 or T5Shape(), tokenizer)
-        batches = t5_batches(run, texts, tokenizer)
+        batches = t5_batches(run, pages, tokenizer)
     print(f"{lm.num_parameters() / 1e6:.1f}M parameters, {len(texts)} texts, {len(tokenizer)} tokens")
     pretrain(run, lm.train(), batches)
     save_config(run, Path(run.out))

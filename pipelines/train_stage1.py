@@ -1,8 +1,8 @@
 """Train BLIP-2's stage 1: the Q-Former learns from a frozen vision encoder to see what texts say.
 
-The objectives are ITC, ITM and ITG. OUT holds config.yaml, metrics.jsonl, state.pt (to go on after a stop)
-and, at the end, model/ (a checkpoint folder, which `qformer.load_stage1` loads; the frozen encoder is not in
-it, only where it lies and its sha256).
+The objectives are ITC, ITM and ITG. To fine-tune for retrieval the encoder is trained as well. OUT holds
+config.yaml, metrics.jsonl, state.pt (to go on after a stop) and, at the end, model/ (a checkpoint folder,
+which `qformer.load_stage1` loads; a frozen encoder is not in it, only where it lies and its sha256).
 """
 
 import sys
@@ -16,20 +16,23 @@ from blip.tokenizer import BERT_VOCABULARY, Tokenizer
 from pipelines.alarms import evaluating, itm_prior, of_neighbours
 from pipelines.config import parse_args, run_main
 from pipelines.data import DataConfig, training_batches
+from pipelines.features import check_kind
 from pipelines.launch import launch
 from pipelines.optim import OptimConfig
 from pipelines.parallel import DTYPE
 from pipelines.trainer import TrainConfig
 from qformer import Stage1, load_stage1
+from qformer.frozen import Frozen
 from qformer.stage1 import Stage1Config
-from qformer.weights import EVA_SOURCE, start_stage1
+from qformer.weights import start_stage1
+from qformer.weights_vision import EVA_SOURCE
 
 
 @dataclass(frozen=True)
 class Stage1Init:
     """What a new stage 1 begins with."""
 
-    vision: str = EVA_SOURCE  # frozen: a file such as eva_vit_g.pth, a folder, or timm's name
+    vision: str = EVA_SOURCE  # a file such as eva_vit_g.pth, a folder, or timm's name
     text: str | None = "bert-base-uncased"  # a Hugging Face BERT, folder or name; null: random
     tokenizer: str = BERT_VOCABULARY  # a folder with a vocabulary, or a Hugging Face name
 
@@ -42,6 +45,7 @@ class Stage1Start:
     vision: str | None = None  # where the frozen encoder lies, where the weights do not say
     image_size: int | None = None  # pixels; position embeddings are resampled
     dropout: float | None = None
+    trains_vision: bool | None = None  # true: the encoder is trained too; null: as it was
     tokenizer: str | None = None
 
 
@@ -79,9 +83,12 @@ def build(run: Stage1Run) -> Stage1:
             vision=start.vision,
             image_size=start.image_size,
             dropout=start.dropout,
+            trains_vision=start.trains_vision,
             tokenizer=start.tokenizer,
         )
-    model.vision.to(DTYPE[run.train.precision])
+    if isinstance(model.vision, Frozen):
+        model.vision.to(DTYPE[run.train.precision])
+    check_kind(run.data.features, model.vision, model.config.vision)
     return model
 
 

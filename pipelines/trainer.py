@@ -53,9 +53,10 @@ class TrainConfig:
     steps: int
     accumulate: int = 1  # batches per optimiser step
     precision: Precision = "fp32"
-    checkpoint_blocks: int = 0  # recompute the activations of the last n vision and text blocks
+    checkpoint_blocks: int = 0  # recompute activations: of the last n blocks of ViT, text, language model
     checkpoint_backend: Checkpointing = "torch"  # fairscale: of the vision blocks only, as BLIP does
     optimizer_sharding: Sharding = "none"  # over the processes
+    shard_frozen: bool = False  # frozen weights over the processes of a node, where one device is too small
     compile: bool = False  # torch.compile every block: slow first steps, then faster ones
     log_every: int = 50  # steps
     save_every: int = 1000  # steps
@@ -124,9 +125,9 @@ def train(
 ) -> None:
     """Train from `first_step` to `config.steps`; `batches` must begin at `first_step * config.accumulate`.
 
-    `log` is None on all processes but the first. The first asks `inspect` at every log step for more to log,
-    about a batch of that step; it may look at the model and must leave it, and the random numbers, as they
-    are, and wait for no other process.
+    `log` is None on all processes but the first. `inspect` is asked at every log step for more to log, about
+    a batch of that step; it may look at the model and must leave it, and the random numbers, as they are. It
+    may wait for other processes only where all have one.
     The state is saved every `config.save_every` steps and at the end. Raises NotFinite, with the last state
     on disk as it was, when a loss or the gradient is NaN or infinite.
     """
@@ -137,7 +138,7 @@ def train(
     for step in range(first_step, config.steps):
         rate = lr_at(optim, step, config.steps, steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         micro = [next(batches) for _ in range(config.accumulate)]
         losses = _backward(parallel, micro, config, device)
         norm = nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or math.inf)
@@ -150,8 +151,8 @@ def train(
         if done % config.log_every == 0 or done == config.steps:
             values = {name: float(value) for name, value in losses.items()}
             values |= {"lr": rate, "grad_norm": float(norm)}
+            values |= inspect(micro[-1].to(device)) if inspect else {}
             if log:
-                values |= inspect(micro[-1].to(device)) if inspect else {}
                 said = alarms(done, values)
                 log.log(done, values | ({"alarms": "; ".join(said)} if said else {}), rows * world_size())
                 for text in said:

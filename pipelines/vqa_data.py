@@ -6,11 +6,11 @@ question whose image or answers cannot be used leaves its batch one row shorter 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,8 @@ from capfilt.schema import ShardError, short_reason
 from pipelines.data import Recent, files_in, load
 from pipelines.order import Order, Place, batches
 from pipelines.questions import Answer, Question, is_vqa
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,22 +129,49 @@ def _read(file: pq.ParquetFile, path: Path, index: int, columns: list[str]) -> p
         raise ShardError(f"{path}: {what}; copy or write the file again") from error
 
 
-class VqaRows(Dataset[VqaBatch]):
-    """A list of places -> a `VqaBatch`: read, decode, augment, tokenise. Runs in the data workers."""
+@dataclass(frozen=True)
+class Questions:
+    """What a batch is made of: B questions, cleaned up, with their images, and A answers."""
+
+    pixels: Tensor  # [B, 3, S, S]
+    texts: list[str]  # B
+    answers: list[str]  # A
+    weights: Tensor  # [A] float, how much each answer counts
+    owner: Tensor  # [A] int64, the question that each answer belongs to
+
+
+Collate = Callable[[Questions], T]  # also what runs in the data workers: words become tensors here
+
+
+@dataclass(frozen=True)
+class MedQuestions:
+    """Questions -> the batch of a `BlipVQA`."""
+
+    config: VqaDataConfig
+    tokenizer: Tokenizer
+
+    def __call__(self, found: Questions) -> VqaBatch:
+        asked = self.tokenizer(found.texts, self.config.max_question)
+        answers = self.tokenizer(found.answers, self.config.max_answer)
+        return VqaBatch(found.pixels, *asked, *answers, found.weights, found.owner)
+
+
+class VqaRows(Dataset[T]):
+    """A list of places -> a batch: read, decode, augment, collate. Runs in the data workers."""
 
     def __init__(
         self,
         config: VqaDataConfig,
         groups: list[QuestionGroup],
-        tokenizer: Tokenizer,
+        collate: Collate[T],
         image_size: int,
         seed: int,
     ):
-        self.config, self.groups, self.tokenizer = config, groups, tokenizer
+        self.config, self.groups, self.collate = config, groups, collate
         self.image_size, self.seed = image_size, seed
         self.recent: Recent[Asked] = Recent(config.window)
 
-    def __getitem__(self, places: list[Place]) -> VqaBatch:
+    def __getitem__(self, places: list[Place]) -> T:
         found = [example for place in places if (example := self._example(place))]
         if not found:
             where = self.groups[places[0][1]].path
@@ -153,13 +182,10 @@ class VqaRows(Dataset[VqaBatch]):
         pixels, questions = zip(*found, strict=True)
         answers = [answer for question in questions for answer in question.answers]
         owner = [row for row, question in enumerate(questions) for _ in question.answers]
-        return VqaBatch(
-            torch.stack(pixels),
-            *self.tokenizer([clean_question(one.question) for one in questions], self.config.max_question),
-            *self.tokenizer([answer.text for answer in answers], self.config.max_answer),
-            torch.tensor([answer.weight for answer in answers]),
-            torch.tensor(owner),
-        )
+        texts = [clean_question(one.question) for one in questions]
+        weights = torch.tensor([answer.weight for answer in answers])
+        words = [answer.text for answer in answers]
+        return self.collate(Questions(torch.stack(pixels), texts, words, weights, torch.tensor(owner)))
 
     def _example(self, place: Place) -> tuple[Tensor, Question] | None:
         """The image and its question, None where one cannot be used. Its chance is the place's."""
@@ -184,6 +210,19 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> tuple[Iterator[VqaBatch], int]:
+    """`question_batches` for a `BlipVQA`."""
+    return question_batches(config, MedQuestions(config, tokenizer), image_size, seed, first, rank, world)
+
+
+def question_batches(
+    config: VqaDataConfig,
+    collate: Collate[T],
+    image_size: int,
+    seed: int,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Iterator[T], int]:
     """Batches of process `rank` out of `world`, from number `first` on, for ever; the questions of an epoch.
 
     Batch k of all processes together is `config.batch_size * world` questions, of which each process takes
@@ -192,5 +231,5 @@ def training_batches(
     groups = find_groups(config.shards)
     counts = [group.questions for group in groups]
     places = batches(Order(counts, config.window, seed), config.batch_size * world, first)
-    rows = VqaRows(config, groups, tokenizer, image_size, seed)
+    rows = VqaRows(config, groups, collate, image_size, seed)
     return load(rows, places, config.workers, rank, world), sum(counts)

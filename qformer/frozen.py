@@ -65,6 +65,11 @@ class Frozen(nn.Module, Generic[M]):
             self._digest = torch.frombuffer(bytearray(_sha256(weights)), dtype=torch.uint8)
         return self._digest
 
+    def spread(self, over: Callable[[M], None]) -> None:
+        """Let `over` spread the weights over processes; the sha256, taken before, stays that of the whole."""
+        self.digest()
+        over(self.module)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)
         return super()._apply(fn, recurse)

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip.checkpoint import check_names
 from blip.generate import Decoding, sample, signed, uniform
@@ -51,6 +52,14 @@ class LanguageModel(Protocol):
 
     @property
     def tokenizer(self) -> TextTokenizer: ...
+
+    @property
+    def lm(self) -> Frozen[Any]:
+        """What is frozen."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Of `lm`, in the order in which they compute, an encoder's first: what memory can be saved by."""
 
     def logits(self, prefix: Tensor, texts: Texts) -> Tensor:
         """Soft prompt [B, P, D] -> next-word logits [B, U, V], each of its label's."""
@@ -82,6 +91,10 @@ class CausalLM(nn.Module):
     @property
     def width(self) -> int:
         return _width(self.lm.module)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return _blocks(self.lm.module)
 
     def logits(self, prefix: Tensor, texts: Texts) -> Tensor:
         """The logits of a token are those of the position before it; the first one's is the last query."""
@@ -119,6 +132,10 @@ class EncoderDecoderLM(nn.Module):
     @property
     def width(self) -> int:
         return _width(self.lm.module)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return _blocks(self.lm.module)
 
     def logits(self, prefix: Tensor, texts: Texts) -> Tensor:
         written = self.lm.module.prepare_decoder_input_ids_from_labels(texts.labels)
@@ -246,6 +263,10 @@ def _width(lm: PreTrainedModel) -> int:
     """Of the words, where the soft prompt comes in; OPT-350m is wider inside."""
     width: int = lm.get_input_embeddings().embedding_dim
     return width
+
+
+def _blocks(lm: PreTrainedModel) -> list[nn.Module]:
+    return [part for part in lm.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def _load(

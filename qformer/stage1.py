@@ -21,8 +21,8 @@ from blip.distributed import Rows, share
 from blip.layers import KV, at_least_fp32, bert_init
 from blip.model import TEMPERATURE_RANGE, Batch, itm_of_pairs, lm_of_texts
 from blip.tokenizer import Tokenizer
-from blip.vision import EVA_VIT_G, VisionConfig, VisionEncoder
-from qformer.frozen import Frozen
+from blip.vision import EVA_VIT_G, VisionConfig
+from qformer.encoder import Encoder, new_encoder
 from qformer.qformer import QFormer, QFormerConfig
 
 
@@ -38,6 +38,7 @@ class Stage1Config:
     label_smoothing: float = 0.1  # of ITC and ITG
     negative_floor: float = 1e-4  # added to the weight of every ITM negative
     vision_source: str = ""  # where the frozen weights are from, for `load_stage1`; "" = it must be told
+    trains_vision: bool = False  # the encoder is trained too, and its weights are in the checkpoint
 
     def __post_init__(self) -> None:
         if self.qformer.image_width != self.vision.width:
@@ -55,7 +56,8 @@ class Stage1Config:
 
 
 class Stage1(nn.Module):
-    """Frozen vision encoder, its norm, the Q-Former and three heads. All but the encoder is trained."""
+    """Vision encoder, its norm, the Q-Former and three heads. All is trained, but the encoder only where the
+    config says so."""
 
     def __init__(self, config: Stage1Config, tokenizer: Tokenizer | None = None):
         super().__init__()
@@ -65,7 +67,7 @@ class Stage1(nn.Module):
                 "vocabulary that the weights were trained with"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.vision = Frozen(VisionEncoder(config.vision))
+        self.vision = new_encoder(config.vision, config.trains_vision)
         self.ln_vision = nn.LayerNorm(config.vision.width, eps=config.norm_eps)
         self.qformer = QFormer(config.qformer)
         self.heads = make_heads(config.qformer.width, config.embed)
@@ -74,8 +76,8 @@ class Stage1(nn.Module):
     # What evaluation asks for
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] -> normalised [B, N, D], the class token first."""
-        return self._normalise(self.vision(pixels))
+        """[B, 3, S, S], or what `see` passes, -> normalised [B, N, D], the class token first."""
+        return self._normalise(see(self.vision, pixels))
 
     def project_image(self, image_tokens: Tensor) -> list[KV]:
         """[B, N, D] -> the keys and values that all queries look by, for `match_projected`."""
@@ -107,7 +109,7 @@ class Stage1(nn.Module):
         return at_least_fp32(self.heads["itm"](queries)).mean(1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what `load_stage1` loads; of the frozen encoder the sha256 alone."""
+        """Write what `load_stage1` loads; of a frozen encoder the sha256 alone."""
         save_model(self, folder)
 
     # Training
@@ -118,12 +120,12 @@ class Stage1(nn.Module):
         Raises ValueError where the pairs of all processes do not show two different images.
         """
         assert len(batch.ids) == len(batch.pixels), f"{len(batch.ids)} texts for {len(batch.pixels)} images"
-        frozen = self.vision(batch.pixels)  # [B, N, D]
-        image = self.project_image(self._normalise(frozen))  # once, for all uses
+        bare = see(self.vision, batch.pixels)  # [B, N, D]
+        image = self.project_image(self._normalise(bare))  # once, for all uses
         queries, seen = self.qformer.look_projected(image)
         rows = Rows.of(len(batch.ids), batch.ids.device)
         itc, to_text, to_image = self._itc(batch, rows, self._features("vision_proj", queries))
-        itm = self._itm(batch, rows, frozen, image, to_text.detach(), to_image.detach())
+        itm = self._itm(batch, rows, bare, image, to_text.detach(), to_image.detach())
         found = {"itc": itc * rows.share, "itm": itm * rows.share}
         if self.qformer.lm_head is not None:
             smoothing = self.config.label_smoothing
@@ -147,7 +149,7 @@ class Stage1(nn.Module):
         return losses.itc_loss(to_text, to_image, targets, targets), to_text, to_image
 
     def _itm(
-        self, batch: Batch, rows: Rows, frozen: Tensor, image: list[KV], to_text: Tensor, to_image: Tensor
+        self, batch: Batch, rows: Rows, bare: Tensor, image: list[KV], to_text: Tensor, to_image: Tensor
     ) -> Tensor:
         """ITM with hard negatives of all processes; `to_text` and `to_image` [B, G] are logits of ITC."""
         ids, mask = rows.gather_texts(batch.ids), rows.gather_texts(batch.mask)  # [G, T]
@@ -156,13 +158,14 @@ class Stage1(nn.Module):
         wrong_image = losses.hard_negatives(to_image, same, self.config.negative_floor)
         if len(rows.counts) == 1:
             wrong = [(keys[wrong_image], values[wrong_image]) for keys, values in image]
-        else:  # frozen tokens travel without a gradient, and are normalised and projected where they are used
-            wrong = self.project_image(self._normalise(rows.gather(frozen)[wrong_image]))
+        else:  # bare tokens travel, those of a frozen encoder without a gradient; they are projected here
+            gather = rows.gather_with_grad if self.config.trains_vision else rows.gather
+            wrong = self.project_image(self._normalise(gather(bare)[wrong_image]))
         own, other = (ids[rows.own], mask[rows.own]), (ids[wrong_text], mask[wrong_text])
         return itm_of_pairs(self.match_projected, batch, own, other, image, wrong)
 
-    def _normalise(self, frozen: Tensor) -> Tensor:
-        tokens: Tensor = self.ln_vision(at_least_fp32(frozen))
+    def _normalise(self, bare: Tensor) -> Tensor:
+        tokens: Tensor = self.ln_vision(at_least_fp32(bare))
         return tokens
 
     def _features(self, head: str, states: Tensor) -> Tensor:
@@ -180,6 +183,12 @@ def make_heads(width: int, embed: int) -> nn.ModuleDict:
     )
     bert_init(heads, width)
     return heads
+
+
+def see(vision: Encoder, images: Tensor) -> Tensor:
+    """Tokens [B, N, D] of pixels [B, 3, S, S]; those that a frozen encoder made before pass as they are."""
+    tokens: Tensor = images if images.ndim == 3 else vision(images)
+    return tokens
 
 
 def similarity(images: Tensor, texts: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Stage 1 from weights: our folders, transformers' BLIP-2, LAVIS' files; BERT and a ViT to start from.
 
-As in blip/weights.py nothing is skipped in silence. The frozen vision encoder, the tower, lies elsewhere:
-LAVIS' files mostly hold nothing of it, folders of ours its sha256.
+As in blip/weights.py nothing is skipped in silence. A frozen vision encoder, the tower, lies elsewhere:
+LAVIS' files mostly hold nothing of it, folders of ours its sha256. One that was trained is among the weights.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from blip.checkpoint import CONFIG_FILE, check_fit, fill, is_ours, read_config, read_json
 from blip.tokenizer import Tokenizer
-from blip.vision import CLIP_VIT_L, EVA_VIT_G, VisionConfig, pretrained_vit
+from blip.vision import CLIP_VIT_L, EVA_VIT_G, VisionConfig
 from blip.weights import bert_weights, tokenizer_for
-from blip.weights_files import PICKLES, demand, locate, read_tensors
+from blip.weights_files import demand, locate, read_tensors
 from blip.weights_shapes import depth_of, has, heads_of, image_size_of, shape_of, vision_of
 from qformer.qformer import QFormer, QFormerConfig
 from qformer.stage1 import Stage1, Stage1Config, make_heads
 from qformer.weights_names import (
-    FROZEN,
     HF_TOWER,
     HUGGING_FACE,
     LAVIS,
@@ -32,12 +31,9 @@ from qformer.weights_names import (
     projection_of,
     to_ours,
     tower_of,
-    tower_to_ours,
     without_tower,
 )
-
-EVA_SOURCE = "eva_giant_patch14_clip_224.laion400m"  # of EVA_VIT_G, timm's name; or LAVIS' eva_vit_g.pth
-CLIP_SOURCE = "vit_large_patch14_clip_quickgelu_224.openai"  # of CLIP_VIT_L
+from qformer.weights_vision import changed, find_tower, read_vision, split_tower, take_tower
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ def load_stage1(
     vision: str | Path | None = None,
     image_size: int | None = None,
     dropout: float | None = None,
+    trains_vision: bool | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
 ) -> Stage1:
     """The stage 1 of `source`, in eval mode.
@@ -67,6 +64,7 @@ def load_stage1(
     vision: where the frozen encoder's weights are, see `read_vision`; else `source`, or where it says.
     image_size: resample the position embeddings to images of this size.
     dropout: for training; else what a folder of ours says, or BLIP-2's 0.1.
+    trains_vision: whether the encoder is to be trained, or frozen; else as in a folder of ours, or frozen.
     tokenizer: or where its files lie; else those of the folder, or for outside weights bert-base-uncased.
     Raises ValueError where the weights are not exactly those of a stage 1, or the frozen ones not those that
     it was trained with.
@@ -82,17 +80,14 @@ def load_stage1(
         config = Stage1Config(
             parts.vision, parts.qformer, embed, parts.dec_id, parts.norm_eps, vision_source=where
         )
-    if vision or not tower:
-        config = replace(config, vision_source=str(vision or config.vision_source))
-        tower = read_vision(config.vision_source)
+    config, tower = find_tower(config, tower, vision, source)
     words = tokenizer_for(path, tokenizer)
     model = _build(config, words, tensors, tower, str(source))
-    seen = replace(config.vision, image_size=image_size or config.vision.image_size)
-    qformer = config.qformer if dropout is None else replace(config.qformer, dropout=dropout)
-    if (seen, qformer) == (config.vision, config.qformer):
+    wanted = changed(config, image_size, dropout, trains_vision, source)
+    if wanted == config:
         return model
-    trained = {name: weight for name, weight in model.state_dict().items() if name != FROZEN}
-    return _build(replace(config, vision=seen, qformer=qformer), words, trained, tower, str(source))
+    rest, tower = split_tower(model.state_dict(), tower)
+    return _build(wanted, words, rest, tower, str(source))
 
 
 def is_blip2(source: str | Path) -> bool:
@@ -107,14 +102,14 @@ def is_blip2(source: str | Path) -> bool:
 def start_stage1(
     config: Stage1Config, vision: str | Path, text: str | Path | None, tokenizer: Tokenizer | None = None
 ) -> Stage1:
-    """A Stage1 to be trained: the frozen encoder of `vision`, see `read_vision`, and the BERT of `text`.
+    """A Stage1 to be trained: the encoder of `vision`, see `read_vision`, and the BERT of `text`.
 
     A BERT is a Hugging Face folder or hub name, bert-base-uncased in BLIP-2; None = none. Both MLPs of a
     block start as BERT's one; queries, cross-attention, heads and the row of [DEC] stay as they were drawn.
     """
-    model = Stage1(replace(config, vision_source=str(vision)), tokenizer)
-    names = model.vision.module.state_dict().keys()
-    model.vision.fill(tower_to_ours(names, read_vision(vision), config.vision), str(vision))
+    model = Stage1(replace(config, vision_source="" if config.trains_vision else str(vision)), tokenizer)
+    seen = take_tower(model.vision, read_vision(vision), config.vision, str(vision))
+    model.load_state_dict(model.state_dict() | seen)
     if text is None:
         return model
     weights = model.qformer.state_dict()
@@ -136,28 +131,6 @@ def load_qformer(source: str | Path) -> QFormer:
     found = to_ours(names, theirs, str(source), text=False)
     ours = {name.removeprefix("qformer."): tensor for name, tensor in found.items()}
     return fill(model, model.state_dict() | ours, str(source))
-
-
-def read_vision(source: str | Path) -> dict[str, Tensor]:
-    """The weights of a vision encoder in timm's or transformers' names.
-
-    source: a file in timm's or LAVIS' names such as eva_vit_g.pth, a folder that a Blip was saved to, a
-    transformers folder or hub name of a BLIP-2, or timm's name of a ViT, see EVA_SOURCE and CLIP_SOURCE.
-    """
-    if not str(source):
-        raise ValueError(
-            "the frozen vision encoder is not among these weights; give vision=, the file, folder or timm's "
-            f"name that it was trained with, such as eva_vit_g.pth or {EVA_SOURCE}"
-        )
-    if Path(source).exists() or "/" in str(source) or Path(source).suffix in PICKLES:
-        found = read_tensors(locate(source))
-        return tower_of(found) or found
-    try:
-        return pretrained_vit(str(source))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{source} is no file or folder, nor a ViT that timm can find or download: {error}"
-        ) from error
 
 
 def read_parts(source: str | Path, text: bool = True) -> Parts:
@@ -217,8 +190,8 @@ def _build(
     """A Stage1 in eval mode, made of these weights. A digest among them must be the tower's."""
     with torch.device("meta"):
         model = Stage1(config, tokenizer)
-    model.vision.fill(tower_to_ours(model.vision.module.state_dict().keys(), tower, config.vision), source)
-    return fill(model, {FROZEN: model.vision.digest(), **tensors}, source)
+    seen = take_tower(model.vision, tower, config.vision, source)
+    return fill(model, seen | dict(tensors), source)
 
 
 @dataclass(frozen=True)

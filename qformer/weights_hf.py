@@ -8,21 +8,24 @@ from safetensors.torch import save_file
 from blip.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from blip.layers import BERT_EPS
 from blip.weights_hf import preprocessor, write_json
+from qformer.encoder import encoder_of
 from qformer.stage1 import Stage1, Stage1Config
-from qformer.weights_names import FROZEN, QUERIES, outside_name, tower_outside
+from qformer.weights_names import QUERIES, outside_name, tower_outside
+from qformer.weights_vision import VISION
 
 
 def export_stage1(model: Stage1, folder: str | Path) -> None:
-    """Write a stage 1, its frozen encoder included, as transformers' Blip2ForImageTextRetrieval.
+    """Write a stage 1, its encoder included, as transformers' Blip2ForImageTextRetrieval.
 
     The LM head of ITG and the temperature of ITC have no place there, nor has an eps of the norm of image
     tokens (LAVIS: 1e-5): it is the encoder's 1e-6, as in transformers' own conversions. Raises ValueError for
     an encoder that transformers cannot have.
     """
     description = hf_config(model.config)
-    tensors = {tower_outside(k): v.float().contiguous() for k, v in model.vision.module.state_dict().items()}
+    vit = encoder_of(model.vision).state_dict()
+    tensors = {tower_outside(k): v.float().contiguous() for k, v in vit.items()}
     for name, tensor in model.state_dict().items():
-        outside = None if name == FROZEN else outside_name(name, hugging_face=True)
+        outside = None if name.startswith(VISION) else outside_name(name, hugging_face=True)
         if outside is not None:
             tensors[outside] = tensor[None].contiguous() if outside == QUERIES else tensor.contiguous()
     folder = Path(folder)

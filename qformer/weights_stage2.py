@@ -1,6 +1,6 @@
 """Stage 2 from weights, and to transformers: our folders, Blip2ForConditionalGeneration, LAVIS' files.
 
-As in weights.py nothing is skipped in silence. A folder of ours holds what was trained, and the sha256 of the
+As in weights.py nothing is skipped in silence. A folder of ours holds what was trained, and the sha256 of
 frozen parts; LAVIS' files do without even that. The parts then come from where they lie.
 """
 
@@ -12,17 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fill, is_ours, read_config
-from blip.vision import VisionConfig, VisionEncoder
+from blip.checkpoint import CONFIG_FILE, WEIGHTS_FILE, fill, is_ours, read_config, read_tokenizer
+from blip.tokenizer import Tokenizer
 from blip.weights_files import locate, read_tensors
 from blip.weights_hf import preprocessor, write_json
-from qformer.frozen import DIGEST, Frozen
+from qformer.encoder import encoder_of, new_encoder
+from qformer.frozen import DIGEST
 from qformer.language import BLIP2_PREFIX, CausalLM, EncoderDecoderLM, LanguageModel, load_language
 from qformer.stage1 import Stage1Config
 from qformer.stage2 import Stage2, Stage2Config
-from qformer.weights import Parts, read_parts, read_vision
+from qformer.weights import Parts, read_parts
 from qformer.weights_hf import hf_config
-from qformer.weights_names import QUERIES, outside_name, tower_outside, tower_to_ours
+from qformer.weights_names import QUERIES, outside_name, tower_outside
+from qformer.weights_vision import VISION, changed, find_tower, split_tower, take_tower
 
 PROJECTION = "projection."
 HF_PROJECTION = "language_projection."
@@ -39,6 +41,7 @@ def load_stage2(
     dtype: torch.dtype = torch.bfloat16,
     image_size: int | None = None,
     dropout: float | None = None,
+    trains_vision: bool | None = None,
 ) -> Stage2:
     """The stage 2 of `source`, in eval mode.
 
@@ -49,42 +52,42 @@ def load_stage2(
     dtype: of a language model that is loaded.
     image_size: resample the position embeddings to images of this size.
     dropout: for training; else what a folder of ours says, or BLIP-2's 0.1.
+    trains_vision: whether the encoder is to be trained, or frozen; else as in a folder of ours, or frozen.
     Raises ValueError where the weights are not exactly those of a stage 2, or a frozen part is not the one
     that they were trained with.
     """
     path = locate(source)
     if is_ours(path):
         config, tensors = read_config(path, Stage2.__name__, Stage2Config), read_tensors(path)
-        tower: Mapping[str, Tensor] = {}
+        tower: dict[str, Tensor] = {}
     else:
         parts = read_parts(source, text=False)
         config, tensors, tower = _config_of(parts, path, source), parts.tensors, parts.tower
-    if vision or not tower:
-        config = replace(config, vision_source=str(vision or config.vision_source))
-        tower = read_vision(config.vision_source)
+    config, tower = find_tower(config, tower, vision, source)
     if isinstance(language, str | Path) or language is None:
         config = replace(config, language_source=str(language or config.language_source))
         language = _language(config, dtype, source)
-    if dropout is not None:
-        config = replace(config, qformer=replace(config.qformer, dropout=dropout))
     _check_projection(tensors, language, source)
-    frozen = _frozen(tower, config.vision, str(source))
-    with torch.device("meta"):
-        model = Stage2(config, frozen, language)
-    digests = {name: weight for name, weight in model.state_dict().items() if name.endswith(DIGEST)}
-    fill(model, digests | dict(tensors), str(source))
-    if image_size is not None and image_size != config.vision.image_size:
-        resized = replace(config.vision, image_size=image_size)  # after the sha256 was compared
-        model.config, model.vision = replace(config, vision=resized), _frozen(tower, resized, str(source))
-    return model
+    words = read_tokenizer(path) if config.reads_question else None
+    model = _build(config, language, words, tensors, tower, str(source))
+    wanted = changed(config, image_size, dropout, trains_vision, source)
+    if wanted == config:
+        return model
+    rest, tower = split_tower(model.state_dict(), tower)  # now that the sha256 was compared
+    return _build(wanted, language, words, rest, tower, str(source))
 
 
 def export_stage2(model: Stage2, folder: str | Path) -> None:
     """Write all of a stage 2, the frozen parts included, as transformers' Blip2ForConditionalGeneration.
 
     Blip2Processor loads it, too. Of the norm of image tokens the eps has no place there, see `weights_hf`.
-    Raises ValueError for an encoder or a language model that transformers' BLIP-2 cannot have.
+    Raises ValueError for an encoder, a Q-Former or a language model that transformers' BLIP-2 cannot have.
     """
+    if model.config.reads_question:
+        raise ValueError(
+            "transformers' BLIP-2 has no Q-Former that reads the question beside a language model; one that "
+            "does cannot be exported"
+        )
     language = model.language
     if not isinstance(language, CausalLM | EncoderDecoderLM):
         raise ValueError(f"the language model is a {type(language).__name__}, none of transformers'")
@@ -118,11 +121,11 @@ def export_stage2(model: Stage2, folder: str | Path) -> None:
 
 
 def _hf_tensors(model: Stage2, language: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {tower_outside(k): v.float() for k, v in model.vision.module.state_dict().items()}
+    found = {tower_outside(k): v.float() for k, v in encoder_of(model.vision).state_dict().items()}
     for name, tensor in model.state_dict().items():
         if name.startswith(PROJECTION):
             found[name.replace(PROJECTION, HF_PROJECTION)] = tensor
-        elif not name.endswith(DIGEST):
+        elif not name.startswith(VISION) and not name.endswith(DIGEST):
             outside = outside_name(name, hugging_face=True)
             assert outside is not None, f"{name} is not of a Q-Former that only looks"
             found[outside] = tensor[None] if outside == QUERIES else tensor
@@ -182,9 +185,19 @@ def _check_projection(tensors: Mapping[str, Tensor], language: LanguageModel, so
         )
 
 
-def _frozen(tower: Mapping[str, Tensor], config: VisionConfig, source: str) -> Frozen[VisionEncoder]:
-    """The vision encoder with these weights, in timm's or transformers' names."""
+def _build(
+    config: Stage2Config,
+    language: LanguageModel,
+    tokenizer: Tokenizer | None,
+    tensors: Mapping[str, Tensor],
+    tower: Mapping[str, Tensor],
+    source: str,
+) -> Stage2:
+    """A Stage2 in eval mode, made of these weights. Digests among them must be those of the frozen parts."""
     with torch.device("meta"):
-        frozen = Frozen(VisionEncoder(config))
-    frozen.fill(tower_to_ours(frozen.module.state_dict().keys(), tower, config), source)
-    return frozen
+        vision = new_encoder(config.vision, config.trains_vision)
+    seen = take_tower(vision, tower, config.vision, source)
+    with torch.device("meta"):
+        model = Stage2(config, vision, language, tokenizer)
+    digests = {name: weight for name, weight in model.state_dict().items() if name.endswith(DIGEST)}
+    return fill(model, digests | seen | dict(tensors), source)

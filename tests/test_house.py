@@ -30,6 +30,7 @@ DOORS = {  # library -> the files it may enter by, so that replacing it is one f
         *("pipelines/data.py", "pipelines/demo.py", "pipelines/image_shards.py", "pipelines/questions.py"),
         *("pipelines/vqa_data.py", "pipelines/world*.py"),
     ],
+    "pycocoevalcap": ["pipelines/java_metrics.py"],
     "pydantic": ["pipelines/config.py"],
     "ray": ["capfilt/cluster.py"],
     "timm": ["blip/vision.py"],

@@ -176,10 +176,8 @@ def transformers_losses(
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_asked(found: Path) -> Path:
     """A generated world with questions, and a model of random weights that knows its words."""
-    found = tmp_path_factory.mktemp("vqa")
     world = WorldConfig(seed=5, noisy_rows=0, clean_rows=0, test_rows=5, shard_rows=3, side=48)
     write_world(world, found / "world")
     write_questions(QuestionsRun(str(found / "world"), str(found / "asked"), questions_per_image=4))
@@ -191,6 +189,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomize(BlipVQA(settings, words)).save_pretrained(found / "models/vqa")
     Blip(settings, words).save_pretrained(found / "models/med")
     return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_asked(tmp_path_factory.mktemp("vqa"))
 
 
 def config(folder: Path, out: str, **more: object) -> list[str]:
