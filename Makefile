@@ -14,12 +14,12 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 stage2-vqa features tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter results bootstrap ablation clean
+.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 stage2-vqa chat features tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter results bootstrap ablation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL THRESHOLD FRACTION VERDICTS ROUNDS RUNS NPROC NNODES HEAD ARGS PYTHON'
+	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL IMAGE THRESHOLD FRACTION VERDICTS ROUNDS RUNS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
 	@echo "  make select OUT=runs/mine THRESHOLD=0.5"
 	@echo "  make pretrain CONFIG=configs/pretrain_14m_base.yaml NPROC=8 ARGS='train.accumulate=4'"
@@ -90,6 +90,9 @@ stage2-opt: $(READY)  ## BLIP-2, Q-Former into a frozen OPT; tiny, unless CONFIG
 
 stage2-flant5: $(READY)  ## BLIP-2, Q-Former into a frozen FlanT5; tiny, unless CONFIG is configs/stage2_flant5.yaml
 	$(TRAIN)pipelines.train_stage2 $(or $(CONFIG),configs/tiny/stage2_flant5.yaml) $(SHARDS) $(FOLDER) $(ARGS)
+
+chat: needs-MODEL needs-IMAGE $(READY)  ## questions about IMAGE on the keyboard, answers of MODEL, a stage 2 of BLIP-2
+	$(RUN) pipelines.chat $(or $(CONFIG),configs/chat.yaml) 'model=$(MODEL)' 'image=$(IMAGE)' $(ARGS)
 
 features: $(READY)  ## keep the tokens of a frozen ViT for stages 1 and 2; tiny, unless CONFIG is configs/features.yaml
 	$(TRAIN)pipelines.cache_features $(or $(CONFIG),configs/tiny/features.yaml) $(TESTSET) $(FOLDER) $(ARGS)
