@@ -14,7 +14,7 @@ NODES = $(if $(NNODES),--nnodes=$(NNODES) --rdzv-backend=c10d --rdzv-id=blip --r
 TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per-node=$(or $(NPROC),1) -m )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 stage2-vqa chat features tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter results bootstrap ablation clean
+.PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 stage2-vqa chat features tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter results bootstrap ablation ablation-stage1 clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -160,6 +160,9 @@ bootstrap: $(READY)  ## the whole loop, ROUNDS of it: captioner, filter, clean c
 
 ablation: $(READY)  ## BLIP's Table 1 over several seeds: raw, filtered, captioned, both; tiny unless CONFIG says
 	$(RUN) pipelines.ablation $(or $(CONFIG),configs/tiny/ablation.yaml) $(if $(NPROC),processes=$(NPROC)) $(FOLDER) $(ARGS)
+
+ablation-stage1: $(READY)  ## what stage 1 is worth to stage 2, BLIP-2's figure 5, over several seeds; tiny unless CONFIG says
+	$(RUN) pipelines.ablation_stage1 $(or $(CONFIG),configs/tiny/ablation_stage1.yaml) $(FOLDER) $(ARGS)
 
 clean:  ## remove what the demo and the tools left; your runs and .venv stay
 	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

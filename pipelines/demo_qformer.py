@@ -17,7 +17,7 @@ import torch
 from pipelines.config import load_config, parse_args, run_main
 from pipelines.steps import Entry, Step, check_steps, run_step
 from pipelines.testset import TestImage, batches_of_pixels, read_testset
-from pipelines.train_language import LanguageRun
+from pipelines.train_language import ASKED, LanguageRun
 from pipelines.train_stage1 import Stage1Run
 from pipelines.train_stage2 import Stage2Run
 from pipelines.world import WorldConfig, WorldRun, read_truth
@@ -29,7 +29,6 @@ WORLD = Entry("pipelines.world", WorldRun)
 LANGUAGE = Entry("pipelines.train_language", LanguageRun)
 STAGE1 = Entry("pipelines.train_stage1", Stage1Run)
 STAGE2 = Entry("pipelines.train_stage2", Stage2Run)
-ASKED = ("what colour is", "what shape is")  # what brief captions tell
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,21 @@ def plan(run: DemoRun) -> list[Step]:
     out, recipes = run.out, run.recipes
     shards, words = f"data.shards=[{out}/world/clean]", f"init.tokenizer={out}/world/vocabulary"
     first = f"stage1.weights={out}/stage1/model"
-    steps = [
+    steps = language_steps(out, recipes)
+    steps.append(Step("stage1", STAGE1, recipes.stage1, (f"out={out}/stage1", shards, words)))
+    for name, config in (("opt", recipes.stage2_opt), ("flant5", recipes.stage2_flant5)):
+        overrides = (f"out={out}/stage2_{name}", f"language={out}/language_{name}", first, shards)
+        steps.append(Step(f"stage2_{name}", STAGE2, config, overrides))
+    return steps
+
+
+def language_steps(out: str, recipes: Recipes) -> list[Step]:
+    """The world, and the language models that read of it."""
+    return [
         Step("world", WORLD, recipes.world, (f"out={out}/world",)),
         Step("language_opt", LANGUAGE, recipes.language_opt, (f"out={out}/language_opt",)),
-        Step("language_t5", LANGUAGE, recipes.language_t5, (f"out={out}/language_t5",)),
-        Step("stage1", STAGE1, recipes.stage1, (f"out={out}/stage1", shards, words)),
+        Step("language_flant5", LANGUAGE, recipes.language_t5, (f"out={out}/language_flant5",)),
     ]
-    for name, config, language in (
-        ("stage2_opt", recipes.stage2_opt, "language_opt"),
-        ("stage2_flant5", recipes.stage2_flant5, "language_t5"),
-    ):
-        overrides = (f"out={out}/{name}", f"language={out}/{language}", first, shards)
-        steps.append(Step(name, STAGE2, config, overrides))
-    return steps
 
 
 def main(argv: list[str]) -> int:
@@ -107,28 +108,34 @@ def tell(
     """Key -> a caption of every image, and answers to what can be asked of colours and shapes."""
     size = model.config.vision.image_size
     for chosen, pixels in batches_of_pixels(images, size, 50, torch.device("cpu")):
+        asked = [
+            (number, question, right)
+            for number, image in enumerate(chosen)
+            for question, right in ask(scenes[image.key], world.palette(), np.random.default_rng(0))
+            if question.startswith(ASKED)
+        ]
+        about = [number for number, _, _ in asked]
+        said = model.answer(pixels, [question for _, question, _ in asked], images=about) if asked else []
         captions = model.caption(pixels, prompt)
         for number, (image, caption) in enumerate(zip(chosen, captions, strict=True)):
-            scene = scenes[image.key]
-            asked = [
-                (question, answers)
-                for question, answers in ask(scene, world.palette(), np.random.default_rng(0))
-                if question.startswith(ASKED)
-            ]
-            questions = [question for question, _ in asked]
-            said = model.answer(pixels[number].expand(len(asked), -1, -1, -1), questions) if asked else []
-            answers = ((q, text, right) for (q, right), text in zip(asked, said, strict=True))
-            yield image.key, Told(caption, tuple(answers))
+            own = ((row[1], text, row[2]) for row, text in zip(asked, said, strict=True) if row[0] == number)
+            yield image.key, Told(caption, tuple(own))
 
 
 def table(told: Mapping[str, Mapping[str, Told]], scenes: Mapping[str, Scene]) -> str:
     """Shares that are right, a line for each language model."""
     lines = [f"{'':<10}{'captions right':>16}{'answers right':>16}"]
     for name, of in told.items():
-        captions = [judge(one.caption, scenes[key]).true for key, one in of.items()]
-        answers = [said in right for one in of.values() for _, said, right in one.answers]
-        lines.append(f"{name:<10}{np.mean(captions):>16.1%}{np.mean(answers):>16.1%}")
+        captions, answers = share_right(of, scenes)
+        lines.append(f"{name:<10}{captions:>16.1%}{answers:>16.1%}")
     return "\n".join(lines)
+
+
+def share_right(told: Mapping[str, Told], scenes: Mapping[str, Scene]) -> tuple[float, float]:
+    """Of the captions, and of the answers."""
+    captions = [judge(one.caption, scenes[key]).true for key, one in told.items()]
+    answers = [said in right for one in told.values() for _, said, right in one.answers]
+    return float(np.mean(captions)), float(np.mean(answers))
 
 
 def examples(

@@ -1,5 +1,6 @@
 """Tiny language models learn from true texts; what the demo of BLIP-2 prints is what its models say."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipelines.config import load_config
 from pipelines.demo_qformer import DemoRun, Told, examples, plan, table, tell
 from pipelines.steps import check_steps
 from pipelines.testset import TestImage
-from pipelines.train_language import world_texts
+from pipelines.train_language import lines_of, world_pages
 from pipelines.world import WorldConfig, make_row, make_scene
 from pipelines.world_text import judge
 from qformer import Stage2
@@ -25,20 +26,22 @@ ROOT = Path(__file__).resolve().parent.parent
 WORLD = WorldConfig(seed=6, brief=True, captions_per_image=1, side=48)
 
 
-def test_a_language_model_reads_what_is_true() -> None:
-    texts = world_texts(WORLD, scenes=200, seed=3)
-    assert len(texts) == 3 * 200
+def test_a_page_tells_what_is_true_and_can_be_answered_from_its_beginning() -> None:
+    pages = world_pages(WORLD, scenes=200, seed=3)
     asked = set()
-    for number in range(200):
+    for number, page in enumerate(pages):
         scene = make_scene(WORLD, np.random.default_rng([3, number]))
-        brief, detailed, both = texts[3 * number : 3 * number + 3]
-        told, _, rest = both.partition(" Question: ")
-        question, _, answer = rest.partition(" Answer: ")
-        assert told in (brief, detailed)
-        assert judge(brief, scene).true and judge(detailed, scene).true
-        assert answer in right_answers(question, scene), both
-        asked.add(question.split()[0])
-    assert {"what", "is", "how"} <= asked
+        assert len(page.told) == 3 and 1 <= len(page.asked) <= 2
+        assert all(judge(text, scene).true for text in page.told)
+        for question, answer in page.asked:
+            assert answer in right_answers(question, scene)
+            assert all(answer in text.split() for text in page.told), page
+            asked.add(question.split()[1])
+        lines = lines_of(page, random.Random(number))
+        questions = [f"Question: {question} Answer: {answer}" for question, answer in page.asked]
+        assert lines[0] == page.told[0] and sorted(lines) == sorted([*page.told, *questions])
+    assert asked == {"colour", "shape"}
+    assert len({page.told[0].split()[0] for page in pages}) > 1  # brief or detailed, whichever comes first
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_the_demo_s_steps_fit_together() -> None:
     assert [step.name for step in steps] == [
         "world",
         "language_opt",
-        "language_t5",
+        "language_flant5",
         "stage1",
         "stage2_opt",
         "stage2_flant5",
