@@ -138,12 +138,12 @@ class CapFiltWorker:
                     stats.add(chunk.rows, scores)
                     yield Progress(split.id, len(scores), sum(s.status != "ok" for s in scores), self.note)
                     self.note = ""
+            stats.seconds = time.monotonic() - started
+            write_json_atomically(stats_path(self.out, split.id), stats.to_json())
+            mark_done(self.out, split, fingerprint, stats.to_json(), [path])
         except (ShardError, OSError, ValueError) as error:
             yield ShardResult(split.id, stats, f"{split.path}: {short_reason(error)}")
             return
-        stats.seconds = time.monotonic() - started
-        write_json_atomically(stats_path(self.out, split.id), stats.to_json())
-        mark_done(self.out, split, fingerprint, stats.to_json(), [path])
         yield ShardResult(split.id, stats)
 
     def _scored(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Scores]]]:
