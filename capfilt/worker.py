@@ -52,6 +52,7 @@ class CapFiltConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
     threads: int = 1  # of torch, per worker; another number may change the last bits of a score
+    decoders: int = 2  # threads of a worker that decode images; a core makes 150 images/s, a GPU takes more
     keep_images: bool = True  # copy the image bytes into the scored shards
     rows_per_split: int = 8192
     columns: Columns = field(default_factory=Columns)
@@ -64,6 +65,7 @@ class CapFiltConfig:
             "max_length",
             "min_side",
             "threads",
+            "decoders",
             "rows_per_split",
         ):
             if getattr(self, name) < 1:
@@ -71,8 +73,8 @@ class CapFiltConfig:
 
 
 def settings(config: CapFiltConfig) -> CapFiltConfig:
-    """The config without what does not decide the content: device, and where the weights lie."""
-    return replace(config, captioner="", filter="", device="")
+    """The config without what does not decide the content: where it runs, and where the weights lie."""
+    return replace(config, captioner="", filter="", device="", decoders=1)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class CapFiltWorker:
 
     def _scored(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Scores]]]:
         """While the models work on a batch, threads decode the next; never more than that is in memory."""
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        with ThreadPoolExecutor(self.config.decoders) as pool:
             waiting: tuple[Chunk, list[Future[Any]]] | None = None
             for chunk in chunks:
                 ahead = chunk, [pool.submit(self._decode, row) for row in chunk.rows]

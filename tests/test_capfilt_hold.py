@@ -37,8 +37,9 @@ def holder(tmp_path: Path):
 
 
 def test_the_second_is_told_who_has_it(holder: subprocess.Popen, tmp_path: Path) -> None:
-    with pytest.raises(InUse, match=rf"out is in use by process {holder.pid} on \S+, since 20"), hold(
-        tmp_path / "out"
+    with (
+        pytest.raises(InUse, match=rf"out is in use by process {holder.pid} on \S+, since 20"),
+        hold(tmp_path / "out"),
     ):
         pass
 

@@ -187,7 +187,7 @@ def test_processes_give_the_same_bytes_and_count_the_same_rows(
 ):
     config, shards, out = run
     for workers in (1, 2):
-        run_local(config, shards, tmp_path / str(workers), workers=workers)
+        run_local(replace(config, decoders=5), shards, tmp_path / str(workers), workers=workers)
         assert hashes(tmp_path / str(workers)) == hashes(out)
         assert "shards 4/4 | rows 48 at" in capsys.readouterr().err.splitlines()[-1]
 
