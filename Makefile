@@ -17,7 +17,7 @@ TRAIN = $(RUN) $(if $(NPROC)$(NNODES),torch.distributed.run $(NODES) --nproc-per
 .PHONY: help setup demo demo-qformer test check bench world world-vqa world-classes shards vqa-shards pretrain captioner filter vqa language stage1 stage2-opt stage2-flant5 stage2-vqa chat features tiny-weights capfilt plan select report calibrate curves eval-retrieval eval-captions eval-vqa eval-zeroshot eval-filter results bootstrap ablation ablation-stage1 clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  variables: CONFIG IN OUT CAPTIONER FILTER MODEL IMAGE THRESHOLD FRACTION VERDICTS ROUNDS RUNS NPROC NNODES HEAD ARGS PYTHON'
 	@echo "  make capfilt IN=shards OUT=runs/mine CAPTIONER=runs/captioner/model FILTER=runs/filter/model"
