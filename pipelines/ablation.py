@@ -90,11 +90,7 @@ def main(argv: list[str]) -> int:
         for step in plan:
             run_step(out, step)
     found = {arm: [read_arm(out / str(seed), arm, bool(run.world)) for seed in run.seeds] for arm in run.arms}
-    write_json_atomically(out / "table.json", {"seeds": list(run.seeds), "arms": found})
-    minutes = sum(step["seconds"] for step in read_manifest(out).values()) / 60
-    text = f"{table(found)}\n\n{len(run.seeds)} seeds, mean and 95 % interval; {minutes:.0f} minutes in all\n"
-    (out / "table.md").write_text(text)
-    print(text)
+    write_table(out, run.seeds, found)
     return 0
 
 
@@ -228,6 +224,15 @@ def share_right(captions: Path, truth: Path) -> float:
     scenes = {server_id(key): scene for key, (_, scene) in read_truth(truth).items()}
     rows = json.loads(captions.read_text())
     return sum(judge(row["caption"], scenes[row["image_id"]]).true for row in rows) / len(rows)
+
+
+def write_table(out: Path, seeds: Sequence[int], found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """table.json and table.md of arms by seed, which is told to a person as well."""
+    write_json_atomically(out / "table.json", {"seeds": list(seeds), "arms": found})
+    minutes = sum(step["seconds"] for step in read_manifest(out).values()) / 60
+    text = f"{table(found)}\n\n{len(seeds)} seeds, mean and 95 % interval; {minutes:.0f} minutes in all\n"
+    (out / "table.md").write_text(text)
+    print(text)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

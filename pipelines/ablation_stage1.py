@@ -20,10 +20,10 @@ import torch
 
 from capfilt.hold import hold
 from capfilt.shards import write_json_atomically
-from pipelines.ablation import STUDENT, table
+from pipelines.ablation import STUDENT, write_table
 from pipelines.config import as_tree, load_config, parse_args, run_main, save_config
 from pipelines.demo_qformer import STAGE1, STAGE2, Recipes, language_steps, share_right, tell
-from pipelines.steps import Step, check_steps, read_manifest, run_step
+from pipelines.steps import Step, check_steps, run_step
 from pipelines.testset import read_testset
 from pipelines.train_stage1 import Stage1Run
 from pipelines.train_stage2 import Stage2Run, inspect, training_batches
@@ -63,11 +63,7 @@ def main(argv: list[str]) -> int:
         arm: [read_arm(run, out / str(seed) / folder, language) for seed in run.seeds]
         for arm, (folder, language) in ARMS.items()
     }
-    write_json_atomically(out / "table.json", {"seeds": list(run.seeds), "arms": found})
-    minutes = sum(step["seconds"] for step in read_manifest(out).values()) / 60
-    text = f"{table(found)}\n\n{len(run.seeds)} seeds, mean and 95 % interval; {minutes:.0f} minutes in all\n"
-    (out / "table.md").write_text(text)
-    print(text)
+    write_table(out, run.seeds, found)
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     OPTConfig,
     OPTForCausalLM,
@@ -195,7 +195,10 @@ def new_t5(shape: T5Shape, tokenizer: PreTrainedTokenizerFast) -> T5ForCondition
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    return T5ForConditionalGeneration(config)
+    lm = T5ForConditionalGeneration(config)
+    # FlanT5 writes by a matrix of its own; transformers begins with the word embedding, and too large.
+    lm.lm_head.weight = nn.Parameter(lm.lm_head.weight.detach() * shape.d_model**-0.5)
+    return lm
 
 
 def t5_batches(
