@@ -176,7 +176,7 @@ def describe(sizes: Sequence[float], found: Measured, plans: Sequence[Forecast])
         "".join(f"{word:>14}" for word in head),
     ]
     for plan in plans:
-        cells: list[Any] = [plan.workers, plan.busy, f"{plan.hours:.2f}", f"{plan.worker_hours:.2f}"]
+        cells: list[Any] = [plan.workers, plan.busy, f"{plan.hours:,.3g}", f"{plan.worker_hours:,.3g}"]
         cells.append("" if plan.cost is None else f"{plan.cost:,.2f}")
         lines.append("".join(f"{cell:>14}" for cell in cells))
     if any(plan.busy < plan.workers for plan in plans):
