@@ -9,7 +9,7 @@ alone:
   CF   web texts and synthetic ones that the filter keeps
 and, where `controls` asks for them, as CF:
   beam        with captions of beam search
-  shared      one model, fine-tuned once with all three losses, is captioner and filter
+  shared      one model, fine-tuned with all three losses at once, is captioner and filter
   best_of_k   the best of k sampled captions
   continued   training goes on from X's MED instead of anew
 BLIP's control of web texts replicated to the same size is X itself here, as every arm sees the same number
@@ -62,6 +62,7 @@ class AblationRun:
     test: str | None = None  # clean shards that nothing is trained on
     captioner: str | None = None  # weights for all seeds; null: fine-tuned
     filter: str | None = None
+    shared: str | None = None  # weights that are both, of the control of that name; null: fine-tuned
     controls: tuple[Control, ...] = ()
     captions: int = 4  # of best_of_k
     threshold: float = DEFAULT_THRESHOLD
@@ -74,6 +75,11 @@ class AblationRun:
             raise ValueError("give either world, or web and clean and test")
         if (self.captioner is None) != (self.filter is None):
             raise ValueError("give captioner and filter, or neither")
+        if "shared" in self.controls and (self.shared is None) != (self.captioner is None):
+            raise ValueError(
+                f"shared is {self.shared} and captioner {self.captioner}; for the control give weights of "
+                "both kinds, or none and all are fine-tuned on the clean set"
+            )
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -105,9 +111,8 @@ def plan_seed(run: AblationRun, seed: int) -> list[Step]:
         if run.world is None
         else [Step(f"{seed}/world", WORLD, run.world, (f"out={folder}/world", f"world.seed={seed}"))]
     )
-    tuned = (f"start.weights={folder}/X/med/model", f"data.shards=[{_data(run, seed, 'clean')}]")
     models = [
-        _train(run, seed, name, config, *tuned)
+        _train(run, seed, name, config, *_tuned(run, seed))
         for name, config in (("captioner", run.recipes.captioner), ("filter", run.recipes.filter))
         if run.captioner is None
     ]
@@ -126,17 +131,11 @@ def _arm(run: AblationRun, seed: int, arm: str) -> list[Step]:
     elif arm == "best_of_k":
         before = [_capfilt(run, seed, corpus, f"capfilt.captions={run.captions}")]
     elif arm == "shared":
-        both = f"{folder}/shared/model"
-        joint = (
-            f"start.weights={folder}/X/med/model",
-            "start.reads=null",
-            f"data.shards=[{_data(run, seed, 'clean')}]",
-        )
-        models = (f"capfilt.captioner={both}", f"capfilt.filter={both}")
-        before = [
-            _train(run, seed, "shared", run.recipes.captioner, *joint, "data.texts_per_image=1"),
-            _capfilt(run, seed, corpus, *models),
-        ]
+        both = run.shared or f"{folder}/shared/model"
+        if run.shared is None:
+            tuned = (*_tuned(run, seed), "start.reads=null", "data.texts_per_image=1")
+            before.append(_train(run, seed, "shared", run.recipes.captioner, *tuned))
+        before.append(_capfilt(run, seed, corpus, f"capfilt.captioner={both}", f"capfilt.filter={both}"))
     else:
         corpus = "corpus"
     kept = f"{folder}/{arm}/clean"
@@ -172,6 +171,11 @@ def _med(run: AblationRun, seed: int, arm: str, texts: str) -> list[Step]:
             (f"out={folder}/captions", *test, prompt),
         ),
     ]
+
+
+def _tuned(run: AblationRun, seed: int) -> tuple[str, ...]:
+    """Fine-tuning of X's MED on the clean set."""
+    return (f"start.weights={run.out}/{seed}/X/med/model", f"data.shards=[{_data(run, seed, 'clean')}]")
 
 
 def _train(run: AblationRun, seed: int, name: str, config: str, *overrides: str) -> Step:

@@ -97,6 +97,11 @@ def test_given_models_and_shards_are_used_by_all_seeds(run: AblationRun) -> None
     assert not {"5/world", "5/captioner", "5/filter"} & found.keys()
     assert (found["5/corpus"].capfilt.captioner, found["5/corpus"].capfilt.filter) == ("cap", "fil")
     assert found["5/X/med"].data.shards == ("w",) and found["5/CF/retrieval"].shards == ("t",)
+    one = loaded(plan_seed(replace(given, shared="both", controls=("shared",)), 5))
+    assert "5/shared" not in one
+    assert one["5/shared/corpus"].capfilt == replace(
+        found["5/corpus"].capfilt, captioner="both", filter="both"
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,8 @@ def test_given_models_and_shards_are_used_by_all_seeds(run: AblationRun) -> None
         ({"web": "w", "clean": "c", "test": "t"}, "either world, or web"),
         ({"world": None, "web": "w"}, "either world, or web"),
         ({"captioner": "c"}, "captioner and filter, or neither"),
+        ({"shared": "s"}, "shared is s and captioner None"),
+        ({"captioner": "c", "filter": "f"}, "shared is None and captioner c"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
