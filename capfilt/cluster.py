@@ -5,6 +5,7 @@ reads nothing that is done. The loop holds no model and no row.
 """
 
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
@@ -92,11 +93,12 @@ class _Loop:
 
     def __init__(self, job: Job, watch: Watch, cluster: RayConfig):
         self.job, self.watch, self.cluster = job, watch, cluster
-        gpus = 0 if job.config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-        cpus = cluster.cpus or job.config.threads
-        slots = gpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
-        self.workers = min(cluster.workers or slots, len(job.todo))
-        self.remote = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=0)
+        self.gpus = job.config.device != "cpu" and bool(ray.cluster_resources().get("GPU"))
+        self.cpus = cluster.cpus or job.config.threads
+        self.remote = ray.remote(_Actor).options(
+            num_cpus=self.cpus, num_gpus=1 if self.gpus else 0, max_restarts=0
+        )
+        self.workers, self.counted = 0, -math.inf  # how many are wanted, and when that was found
         self.queue = deque(job.todo)
         self.attempts: Counter[str] = Counter()
         self.starting: dict[Any, Any] = {}  # reference of ready() -> actor
@@ -115,8 +117,17 @@ class _Loop:
                     self._listen(reference)
             self._kill_silent()
 
+    def _count(self) -> None:
+        """How many workers the cluster has room for: nodes join and leave while a run goes on."""
+        if time.monotonic() - self.counted < WAIT_SECONDS:
+            return
+        room = ray.cluster_resources()
+        slots = int(room.get("GPU", 0)) if self.gpus else int(room.get("CPU", 0)) // self.cpus
+        self.workers, self.counted = self.cluster.workers or max(1, slots), time.monotonic()
+
     def _staff(self) -> None:
         """As many actors as there is work for. A dead one is replaced here."""
+        self._count()
         wanted = min(self.workers, len(self.queue) + len(self.busy))
         for _ in range(wanted - len(self.starting) - len(self.busy)):
             actor = self.remote.remote(self.job.config, self.job.out, self.job.fingerprint)

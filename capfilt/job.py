@@ -36,7 +36,7 @@ from capfilt.worker import CapFiltConfig, Progress, ShardResult, settings
 class RayConfig:
     """Where the workers of `run_on_ray` live."""
 
-    workers: int = 0  # 0: one per GPU of the cluster, or, without GPUs, as many as its CPUs allow
+    workers: int = 0  # 0: one per GPU of the cluster as it is, or, without GPUs, as many as its CPUs allow
     address: str = "local"  # "local" starts a cluster of its own; else that of a running one, e.g. "auto"
     cpus: int = 0  # per worker; 0: torch's threads
     hang_seconds: float = 1800.0  # a worker that is silent for so long is killed, and its split tried again
@@ -151,6 +151,7 @@ def finish(job: Job, watch: Watch) -> Summary:
     """Add up everything that is done in `out`, also by earlier runs, and write summary.json."""
     if job.todo:
         watch.show()
+        sweep_temporary(job.out)  # of workers that died in this run
     stats = Stats()
     marks = done_splits(job.out)
     for mark in marks:

@@ -1,9 +1,9 @@
 """What stage 1 is worth (BLIP-2, figure 5): stage 2 with and without it, into an OPT and a FlanT5, by seeds.
 
 For every seed a Q-Former is trained by stage 1, and then four times by stage 2 with the same recipe and so
-the same batches: from that Q-Former and from one as stage 1 began with, for each language model. World and
-language models are those of `pipelines.demo_qformer`, made once; what comes out is judged on held-out
-pictures by the world's own truth.
+the same batches: from that Q-Former and from one as stage 1 began with, for each language model. World,
+language models and what the frozen ViT sees are those of `pipelines.demo_qformer`, made once; what comes out
+is judged on held-out pictures by the world's own truth.
 
 OUT holds manifest.json, <seed>/<arm>/, table.json and table.md. Killed and run again, it goes on where it
 stopped.
@@ -22,7 +22,7 @@ from capfilt.hold import hold
 from capfilt.shards import write_json_atomically
 from pipelines.ablation import STUDENT, write_table
 from pipelines.config import as_tree, load_config, parse_args, run_main, save_config
-from pipelines.demo_qformer import STAGE1, STAGE2, Recipes, language_steps, share_right, tell
+from pipelines.demo_qformer import STAGE1, STAGE2, Recipes, first_steps, pictures, share_right, tell
 from pipelines.steps import Step, check_steps, run_step
 from pipelines.testset import read_testset
 from pipelines.train_stage1 import Stage1Run
@@ -53,7 +53,7 @@ class Stage1AblationRun:
 def main(argv: list[str]) -> int:
     run = parse_args(argv, Stage1AblationRun)
     out = Path(run.out)
-    steps = [*language_steps(run.out, run.recipes), *(s for seed in run.seeds for s in plan_seed(run, seed))]
+    steps = [*first_steps(run.out, run.recipes), *(s for seed in run.seeds for s in plan_seed(run, seed))]
     check_steps(steps)
     with hold(out):
         save_config(run, out)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 def plan_seed(run: Stage1AblationRun, seed: int) -> Iterator[Step]:
     """Stage 1, and stage 2 four times."""
-    folder, common = f"{run.out}/{seed}", (f"train.seed={seed}", f"data.shards=[{run.out}/world/clean]")
+    folder, common = f"{run.out}/{seed}", (f"train.seed={seed}", *pictures(run.out))
     words = f"init.tokenizer={run.out}/world/vocabulary"
     first = (f"out={folder}/stage1", *common, words)
     yield Step(f"{seed}/stage1", STAGE1, run.recipes.stage1, first)

@@ -1,8 +1,9 @@
 """BLIP-2 on the generated world: a Q-Former between a frozen ViT and language models that saw no picture.
 
-Pre-trains a tiny OPT and a tiny FlanT5 on texts alone, trains stage 1, and stage 2 into each of them; then
-captions held-out pictures and answers questions about them, judged by the world's own truth. Everything lies
-under OUT, with a manifest of all commands; run again, it goes on where it stopped.
+Writes down what the ViT sees, pre-trains a tiny OPT and a tiny FlanT5 on texts alone, trains stage 1, and
+stage 2 into each of them; then captions held-out pictures and answers questions about them, judged by the
+world's own truth. Everything lies under OUT, with a manifest of all commands; run again, it goes on where it
+stopped.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipelines.cache_features import FeaturesRun
 from pipelines.config import load_config, parse_args, run_main
 from pipelines.steps import Entry, Step, check_steps, run_step
 from pipelines.testset import TestImage, batches_of_pixels, read_testset
@@ -26,6 +28,7 @@ from pipelines.world_text import Scene, judge
 from qformer import Stage2, load_stage2
 
 WORLD = Entry("pipelines.world", WorldRun)
+FEATURES = Entry("pipelines.cache_features", FeaturesRun)
 LANGUAGE = Entry("pipelines.train_language", LanguageRun)
 STAGE1 = Entry("pipelines.train_stage1", Stage1Run)
 STAGE2 = Entry("pipelines.train_stage2", Stage2Run)
@@ -36,6 +39,7 @@ class Recipes:
     """The config file of each step; what they say of inputs and outputs is overridden."""
 
     world: str
+    features: str
     language_opt: str
     language_t5: str
     stage1: str
@@ -62,23 +66,30 @@ class Told:
 def plan(run: DemoRun) -> list[Step]:
     """Every step, in order."""
     out, recipes = run.out, run.recipes
-    shards, words = f"data.shards=[{out}/world/clean]", f"init.tokenizer={out}/world/vocabulary"
     first = f"stage1.weights={out}/stage1/model"
-    steps = language_steps(out, recipes)
-    steps.append(Step("stage1", STAGE1, recipes.stage1, (f"out={out}/stage1", shards, words)))
+    steps = first_steps(out, recipes)
+    words = f"init.tokenizer={out}/world/vocabulary"
+    steps.append(Step("stage1", STAGE1, recipes.stage1, (f"out={out}/stage1", *pictures(out), words)))
     for name, config in (("opt", recipes.stage2_opt), ("flant5", recipes.stage2_flant5)):
-        overrides = (f"out={out}/stage2_{name}", f"language={out}/language_{name}", first, shards)
+        overrides = (f"out={out}/stage2_{name}", f"language={out}/language_{name}", first, *pictures(out))
         steps.append(Step(f"stage2_{name}", STAGE2, config, overrides))
     return steps
 
 
-def language_steps(out: str, recipes: Recipes) -> list[Step]:
-    """The world, and the language models that read of it."""
+def first_steps(out: str, recipes: Recipes) -> list[Step]:
+    """The world, what the frozen ViT sees of it, and the language models that read of it."""
+    shards = f"shards=[{out}/world/clean]"
     return [
         Step("world", WORLD, recipes.world, (f"out={out}/world",)),
+        Step("features", FEATURES, recipes.features, (f"out={out}/features", shards)),
         Step("language_opt", LANGUAGE, recipes.language_opt, (f"out={out}/language_opt",)),
         Step("language_flant5", LANGUAGE, recipes.language_t5, (f"out={out}/language_flant5",)),
     ]
+
+
+def pictures(out: str) -> tuple[str, str]:
+    """What a stage is shown, as `first_steps` made it."""
+    return f"data.shards=[{out}/world/clean]", f"data.features={out}/features"
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -133,6 +134,44 @@ def test_a_shard_that_kills_its_worker_every_time_is_given_up_and_the_rest_is_do
     )
     assert subprocess.run(command(job, tmp_path, engine="local"), timeout=300).returncode == 0
     assert_untouched(job, tmp_path / "out")
+
+
+def test_nodes_join_and_leave(job: Job, tmp_path: Path) -> None:
+    """While one worker is held, another works on a node that joined; when that leaves, the first goes on."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    line = command(job, tmp_path, ray=RayConfig(address=cluster.address))
+    driver = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = tmp_path / "out/_done"
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        end = time.monotonic() + 240
+        while not what():
+            assert driver.poll() is None and time.monotonic() < end, f"after {list(done.glob('*'))}"
+            time.sleep(0.05)
+
+    try:
+        wait_for(lambda: any(writes(process) for process in workers_of(driver.pid)))
+        (first,) = workers_of(driver.pid)
+        first.suspend()
+        before = len(list(done.glob("*.json")))
+        node = cluster.add_node(num_cpus=1)
+        wait_for(lambda: len(list(done.glob("*.json"))) > before)  # no one but the new node's worker did that
+        cluster.remove_node(node, allow_graceful=False)
+        first.resume()
+        text, _ = driver.communicate(timeout=240)
+    finally:
+        driver.kill()
+        cluster.shutdown()
+    assert driver.returncode == 0, text
+    assert_untouched(job, tmp_path / "out")
+
+
+def writes(process: psutil.Process) -> bool:
+    """Whether a worker is in the middle of a split."""
+    try:
+        return any("/scored/." in file.path for file in process.open_files())
+    except psutil.Error:
+        return False
 
 
 class Chaos:

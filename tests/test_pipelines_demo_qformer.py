@@ -87,6 +87,7 @@ def test_the_demo_s_steps_fit_together() -> None:
                 )
     assert [step.name for step in steps] == [
         "world",
+        "features",
         "language_opt",
         "language_flant5",
         "stage1",
