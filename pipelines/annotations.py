@@ -183,7 +183,7 @@ class Vqa:
 
 def read_vqa(vqa: Vqa) -> Iterator[Annotation[Question]]:
     """{"data_subtype", "questions": [{"question_id", "image_id", "question"}]} and
-    {"annotations": [{"question_id", "answers": [{"answer"}]}]}.
+    {"annotations": [{"question_id", "answers": [{"answer"}][, "answer_type"]}]}.
 
     An answer weighs the share of the people who gave it, a tenth each in VQAv2. The key is the image id, the
     image COCO's file of this number: "train2014/COCO_train2014_000000000009.jpg" where the subtype is
@@ -200,9 +200,9 @@ def read_vqa(vqa: Vqa) -> Iterator[Annotation[Question]]:
 
 
 def _pairs_of_vqa(
-    vqa: Vqa, answers: dict[str, tuple[Answer, ...]] | None
+    vqa: Vqa, answers: dict[str, tuple[tuple[Answer, ...], str]] | None
 ) -> Iterator[tuple[str, str, list[Question]]]:
-    """Takes the answers of each question out of `answers`."""
+    """Takes the answers of each question, and their type, out of `answers`."""
     tree = _read_json(vqa.questions)
     subtype = _get(tree, "data_subtype", f"{vqa.questions}:", str).replace("-dev", "")
     questions = _get(tree, "questions", f"{vqa.questions}:", list)
@@ -214,18 +214,20 @@ def _pairs_of_vqa(
                 f"{where} question_id {name} has no annotation in {vqa.annotations} (or comes twice); give "
                 "both files of the same set"
             )
-        given = () if answers is None else answers.pop(name)
+        given, answer_type = ((), "") if answers is None else answers.pop(name)
         image = f"{subtype}/COCO_{subtype}_{number:012d}.jpg"
-        yield str(number), image, [Question(name, text, given)]
+        yield str(number), image, [Question(name, text, given, answer_type)]
 
 
-def _answers_of_people(file: str) -> dict[str, tuple[Answer, ...]]:
+def _answers_of_people(file: str) -> dict[str, tuple[tuple[Answer, ...], str]]:
+    """Of each question, and their type."""
     found = {}
     annotations = _get(_read_json(file), "annotations", f"{file}:", list)
     for where, record in _records(annotations, f"{file}: annotations"):
         people = _records(_get(record, "answers", where, list), f"{where} answers")
         texts = [_get(answer, "answer", place, str) for place, answer in people]
-        found[str(_get(record, "question_id", where, int, str))] = weighed(texts)
+        answer_type = _get(record, "answer_type", where, str) if "answer_type" in record else ""
+        found[str(_get(record, "question_id", where, int, str))] = weighed(texts), answer_type
     return found
 
 

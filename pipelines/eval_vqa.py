@@ -108,7 +108,10 @@ def main(argv: list[str]) -> int:
     result = {"task": "vqa", "protocol": protocol, "questions": len(questions), "metrics": metrics}
     write_json_atomically(out / "metrics.json", result | source)
     print(f"{len(questions)} questions" + (f", of the first {run.limit} images alone" if run.limit else ""))
-    print(f"  accuracy {100 * metrics['accuracy']:.2f}" if metrics else "  no answers to compare them with")
+    for name, value in metrics.items():
+        print(f"  {name} {100 * value:.2f}")
+    if not metrics:
+        print("  no answers to compare them with")
     print(f"written to {run.out}/metrics.json and {run.out}/answers.json")
     return 0
 
@@ -199,7 +202,8 @@ def read_candidates(path: Path) -> list[str]:
 def score_answers(
     answers: Mapping[str, str], questions: Mapping[str, Question], people: int
 ) -> dict[str, float]:
-    """{"accuracy"}, nothing where no question has an answer.
+    """{"accuracy"}, beside it that of each type of answer where they are told, as VQAv2's server gives them;
+    nothing where no question has an answer.
 
     Errors: ValueError where a question is not answered, an answer has no question, or some questions have
     answers of people and others do not.
@@ -215,8 +219,13 @@ def score_answers(
         return {}
     if silent:
         raise ValueError(f"the questions {some(silent)} have no answers of people, others have")
-    each = [accuracy(answers[name], question, people) for name, question in questions.items()]
-    return {"accuracy": sum(each) / len(each)}
+    each: dict[str, list[float]] = {"accuracy": []}
+    for name, question in questions.items():
+        found = accuracy(answers[name], question, people)
+        each["accuracy"].append(found)
+        if question.answer_type:
+            each.setdefault(f"accuracy {question.answer_type}", []).append(found)
+    return {name: sum(values) / len(values) for name, values in each.items()}
 
 
 def accuracy(answer: str, question: Question, people: int) -> float:

@@ -12,7 +12,7 @@ Exit code 3: finished, but some image files are missing or broken.
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pipelines.annotations import Annotation, Vqa, VqaList, read_vqa, read_vqa_list
 from pipelines.config import parse_args, run_main
@@ -53,7 +53,7 @@ def usable(given: Question) -> Question | None:
     """Without white space around it and its answers, and without answers that cannot be written."""
     stripped = (Answer(answer.text.strip(), answer.weight) for answer in given.answers)
     answers = tuple(answer for answer in stripped if is_usable(answer.text))
-    question = Question(given.id, given.question.strip(), answers)
+    question = replace(given, question=given.question.strip(), answers=answers)
     if not is_usable(question.id) or not is_usable(question.question):
         return None
     return None if given.answers and not answers else question

@@ -20,11 +20,18 @@ _ANSWERS = [{"text": _STRING, "weight": {"dtype": "float32", "_type": "Value"}}]
 _FEATURES = {  # what Hugging Face `datasets` must find, as in capfilt.schema
     "key": _STRING,
     "image": {"_type": "Image"},
-    "questions": [{"id": _STRING, "question": _STRING, "answers": _ANSWERS}],
+    "questions": [{"id": _STRING, "question": _STRING, "answers": _ANSWERS, "answer_type": _STRING}],
 }
 
 ANSWER = pa.struct([("text", pa.string()), ("weight", pa.float32())])
-QUESTION = pa.struct([("id", pa.string()), ("question", pa.string()), ("answers", pa.list_(ANSWER))])
+QUESTION = pa.struct(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(ANSWER)),
+        ("answer_type", pa.string()),
+    ]
+)
 VQA = pa.schema(
     [("key", pa.string()), ("image", IMAGE), ("questions", pa.list_(QUESTION))],
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
@@ -42,6 +49,7 @@ class Question:
     id: str
     question: str
     answers: tuple[Answer, ...]  # none in a test set
+    answer_type: str = ""  # "yes/no", "number" or "other" of VQAv2; empty where nothing is told
 
 
 def weighed(texts: Sequence[str]) -> tuple[Answer, ...]:
@@ -54,7 +62,8 @@ def read_question(found: dict[str, Any] | None) -> Question:
     found = found or {}
     answers = (answer for answer in found.get("answers") or [] if answer and answer["text"])
     given = tuple(Answer(answer["text"], answer["weight"] or 0.0) for answer in answers)
-    return Question(found.get("id") or "", found.get("question") or "", given)
+    told = (found.get(name) or "" for name in ("id", "question"))
+    return Question(*told, given, found.get("answer_type") or "")
 
 
 def is_vqa(schema: pa.Schema) -> bool:

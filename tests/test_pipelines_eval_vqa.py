@@ -276,6 +276,13 @@ def test_a_test_set_without_answers_gets_no_score_and_numbers_for_ids(folder: Pa
     assert [server_id(name) for name in ("42", "042", "g7")] == [42, "042", "g7"]
 
 
+def test_each_type_of_answer_has_an_accuracy_of_its_own() -> None:
+    types = {"1": "yes/no", "2": "number", "3": "yes/no", "4": ""}
+    asked = {name: Question(name, "?", weighed(["a"] * 10), kind) for name, kind in types.items()}
+    found = score_answers({"1": "a", "2": "b", "3": "c", "4": "a"}, asked, 10)
+    assert found == {"accuracy": 0.5, "accuracy yes/no": 0.5, "accuracy number": 0.0}
+
+
 def test_missing_and_doubled_ids_are_listed(tmp_path: Path) -> None:
     asked = {name: Question(name, "?", (Answer("a", 1.0),)) for name in ("1", "2", "3")}
     with pytest.raises(ValueError, match="no answer to the questions 1, 3; answers to unknown questions 9"):

@@ -41,19 +41,19 @@ QUESTIONS: Record = {
 }
 
 
-def answered(question_id: int, *texts: str) -> Record:
+def answered(question_id: int, answer_type: str, *texts: str) -> Record:
     answers = [
         {"answer": text, "answer_confidence": "maybe", "answer_id": i + 1} for i, text in enumerate(texts)
     ]
-    return {"question_id": question_id, "question_type": "is", "answer_type": "other", "answers": answers}
+    return {"question_id": question_id, "question_type": "is", "answer_type": answer_type, "answers": answers}
 
 
 ANNOTATIONS: Record = {
     "data_subtype": "val2014",
     "annotations": [
-        answered(458752001, *["yes"] * 9, "no"),
-        answered(9000, "net", "net", "net", "mesh", "net", "net", "netting", "net", "mesh", "net"),
-        answered(9001, *["2"] * 10),
+        answered(458752001, "yes/no", *["yes"] * 9, "no"),
+        answered(9000, "other", "net", "net", "net", "mesh", "net", "net", "netting", "net", "mesh", "net"),
+        answered(9001, "number", *["2"] * 10),
     ],
 }
 
@@ -64,8 +64,9 @@ def files(folder: Path, questions: Record = QUESTIONS, annotations: Record = ANN
 
 def test_vqa_weighs_answers_by_how_many_gave_them(tmp_path: Path) -> None:
     net = (Answer("net", 0.7), Answer("mesh", 0.2), Answer("netting", 0.1))
-    of_9 = (Question("9000", "What is this?", net), Question("9001", "How many?", (Answer("2", 1.0),)))
-    red = Question("458752001", "Is it red?", (Answer("yes", 0.9), Answer("no", 0.1)))
+    two = (Answer("2", 1.0),)
+    of_9 = (Question("9000", "What is this?", net, "other"), Question("9001", "How many?", two, "number"))
+    red = Question("458752001", "Is it red?", (Answer("yes", 0.9), Answer("no", 0.1)), "yes/no")
     assert list(read_vqa(files(tmp_path))) == [
         Annotation("9", "val2014/COCO_val2014_000000000009.jpg", of_9),
         Annotation("458752", "val2014/COCO_val2014_000000458752.jpg", (red,)),
@@ -135,7 +136,7 @@ def test_lists_of_blip(tmp_path: Path) -> None:
         ),
         (
             QUESTIONS,
-            {"annotations": [*ANNOTATIONS["annotations"], answered(5, "x"), answered(6, "y")]},
+            {"annotations": [*ANNOTATIONS["annotations"], answered(5, "other"), answered(6, "other")]},
             r"answers\.json: question_id 5 and 1 more are not among the questions of .*questions\.json",
         ),
     ],
@@ -188,7 +189,8 @@ def test_rows_hold_the_image_and_all_its_questions(tmp_path: Path) -> None:
         ("mesh", 0.2),
         ("netting", 0.1),
     ]
-    assert second == {"id": "9001", "question": "How many?", "answers": [{"text": "2", "weight": 1.0}]}
+    assert second.pop("answers") == [{"text": "2", "weight": 1.0}]
+    assert second == {"id": "9001", "question": "How many?", "answer_type": "number"}
     assert summary.reasons == {"missing_image": 1} and summary.texts_written == 2
     report = json.loads((out / "ingest.json").read_text())
     assert (report["questions"], report["questions_written"], report["questions_of_dropped"]) == (3, 2, 1)
@@ -212,9 +214,10 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     tree = {"images": str(tmp_path / "images"), "out": str(tmp_path / "out"), "vqa_list": {"file": file}}
     assert main([put_json(tmp_path / "run.yaml", tree)]) == 0
     found = {row["key"]: row["questions"] for row in rows(tmp_path / "out")}
+    me = [{"text": "me", "weight": 0.5}]
     assert found == {
-        "a": [{"id": "1", "question": "Who?", "answers": [{"text": "me", "weight": 0.5}]}],
-        "c": [{"id": "4", "question": "Where?", "answers": []}],
+        "a": [{"id": "1", "question": "Who?", "answers": me, "answer_type": ""}],
+        "c": [{"id": "4", "question": "Where?", "answers": [], "answer_type": ""}],
     }
     report = json.loads((tmp_path / "out/ingest.json").read_text())
     assert report["reasons"] == {"no_question": 1}
@@ -230,7 +233,7 @@ def test_a_run_goes_on_and_is_not_mixed_with_another(tmp_path: Path) -> None:
     before = [path.stat().st_ino for path in shards]
     ingest(run)
     assert [path.stat().st_ino for path in shards] == before and len(shards) == 2
-    changed = {"annotations": [answered(458752001, "maybe"), *ANNOTATIONS["annotations"][1:]]}
+    changed = {"annotations": [answered(458752001, "yes/no", "maybe"), *ANNOTATIONS["annotations"][1:]]}
     files(tmp_path, annotations=changed)
     with pytest.raises(ValueError, match="made with another annotations"):
         ingest(run)
