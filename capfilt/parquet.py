@@ -1,12 +1,14 @@
 """Read a stranger's parquet file as chunks of rows, with a bound on memory and without running its code.
 
-What is refused whole, before a value is read: extension types, a thousand columns, dictionaries that unpack
-to more than 64 MiB. What is refused row by row, with a reason: cells over the limits, text that is not UTF-8.
+What is refused whole, before a value is read: extension types, a thousand columns, numbers of rows that
+cannot be, dictionaries that unpack to more than 64 MiB. What is refused row by row, with a reason: cells
+over the limits, text that is not UTF-8.
 What cannot be bounded from here: one page may unpack to 2 GiB; that is for the worker's memory limit.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +35,7 @@ MAX_TEXT_CHARS = 32_768
 MAX_KEY_CHARS = 1_024
 MAX_CELL_CHARS = 1 << 20  # any other text that is passed through, such as `exif`
 MAX_DICTIONARY_BYTES = 64 << 20  # per row group; writers stop at 1 MiB per column
+MAX_ROWS = 10_000_000  # of a file, by its footer; a thousand times what img2dataset writes
 
 Problems = dict[int, str]  # position in the batch -> why its text cannot be used
 
@@ -40,7 +43,8 @@ Problems = dict[int, str]  # position in the batch -> why its text cannot be use
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open and check a parquet file; the caller closes it.
 
-    Errors: ShardError when it is missing, not parquet, cut off, or holds what `refuse_unsafe` refuses.
+    Errors: ShardError when it is missing, not parquet, cut off, has no believable number of rows, or holds
+    what `refuse_unsafe` refuses.
     """
     try:
         # Buffered and not prefetched: a column of a row group is never in memory as a whole.
@@ -52,10 +56,28 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise ShardError(f"{path}: is not a whole parquet file ({reason}); copy or write it again") from error
     try:
         refuse_unsafe(file.schema_arrow, path)
+        _refuse_counts(file.metadata, path)
     except ShardError:
         file.close()
         raise
     return file
+
+
+def _refuse_counts(footer: pq.FileMetaData, path: Path) -> None:
+    """A footer may give any number of rows, and a run is planned by it before a row is read.
+
+    Arrow does not compare it with those of the row groups; 2^60 rows would be 10^14 splits.
+    """
+    groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != footer.num_rows:
+        raise ShardError(
+            f"{path}: says that it has {footer.num_rows} rows, and its row groups have {sum(groups)}; "
+            "write the file again"
+        )
+    if footer.num_rows > MAX_ROWS:
+        raise ShardError(
+            f"{path}: has {footer.num_rows} rows; at most {MAX_ROWS} are read from one file, write several"
+        )
 
 
 def count_rows(path: Path) -> int:
@@ -83,6 +105,36 @@ def read_parquet(
     schema = pa.schema([field for field in fields if field is not None])
     stop = file.metadata.num_rows if stop is None else stop
     return found, schema, _chunks(file, path, found, schema, range(start, stop), prefix or path.stem)
+
+
+def read_row_group(file: pq.ParquetFile, path: Path, index: int, columns: list[str]) -> pa.Table:
+    """These columns of a row group, whole: of shards that people train on, whose row groups are small.
+
+    Errors: ShardError when a page is damaged, rows are missing, or a dictionary is too large.
+    """
+    metadata = file.metadata.row_group(index)
+    try:
+        paths = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
+        leaves = [name for name in paths if name.partition(".")[0] in columns]
+        _refuse_dictionaries(file, path, index, leaves)
+        table = file.read_row_group(index, columns=columns)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = f"row group {index} cannot be read ({short_reason(error)})"
+        raise ShardError(f"{path}: {what}; copy or write the file again") from error
+    if table.num_rows != metadata.num_rows:
+        raise ShardError(
+            f"{path}: row group {index} has {table.num_rows} rows and not {metadata.num_rows}; "
+            "write the file again"
+        )
+    return table
+
+
+def as_records(table: pa.Table, path: Path) -> list[dict[str, Any]]:
+    """The rows of a table of `path`. Errors: ShardError when a text is not UTF-8."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError as error:
+        raise ShardError(f"{path}: a text is not UTF-8 ({error}); write the file again") from error
 
 
 def _passed_field(field: pa.Field, found: ColumnMap) -> pa.Field | None:
@@ -125,7 +177,7 @@ def _chunks(
                 raise ShardError(
                     f"{path}: row group {group} is {last - first} rows short; write the file again"
                 )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: the name of a column chunk
         raise ShardError(
             f"{path}: cannot be read from row {first} on ({short_reason(error)}); copy or write it again"
         ) from error

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from blip.image import Augmentation
 from blip.model import Batch
 from blip.tokenizer import Tokenizer, clean_caption
-from capfilt.parquet import open_parquet, read_parquet
-from capfilt.schema import Columns, ShardError, map_columns, short_reason
+from capfilt.parquet import as_records, open_parquet, read_parquet, read_row_group
+from capfilt.schema import Columns, map_columns
 from capfilt.shards import SUFFIXES
 from capfilt.tar import TarPart, index_tar, read_part
 from pipelines.contrasts import Contrasts, check, contrast
@@ -284,12 +284,8 @@ def read_group(group: Group, columns: Columns) -> list[Row]:
         return [(row.image, [row.text] if row.text else []) for row in read_part(group, columns)]
     with open_parquet(group.path) as file:
         if is_clean(file.schema_arrow):
-            try:
-                records = file.read_row_group(group.index, columns=["image", "captions"]).to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                what = f"row group {group.index} cannot be read ({short_reason(error)})"
-                raise ShardError(f"{group.path}: {what}; copy or write the file again") from error
-            return [_clean_row(record["image"] or {}, record["captions"] or []) for record in records]
+            table = read_row_group(file, group.path, group.index, ["image", "captions"])
+            return [_clean_row(r["image"] or {}, r["captions"] or []) for r in as_records(table, group.path)]
     _, _, chunks = read_parquet(group.path, columns, start=group.first, stop=group.first + group.rows)
     return [(row.image, [row.text] if row.text else []) for chunk in chunks for row in chunk.rows]
 

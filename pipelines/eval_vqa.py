@@ -221,10 +221,10 @@ def score_answers(
         raise ValueError(f"the questions {some(silent)} have no answers of people, others have")
     each: dict[str, list[float]] = {"accuracy": []}
     for name, question in questions.items():
-        found = accuracy(answers[name], question, people)
-        each["accuracy"].append(found)
+        right = accuracy(answers[name], question, people)
+        each["accuracy"].append(right)
         if question.answer_type:
-            each.setdefault(f"accuracy {question.answer_type}", []).append(found)
+            each.setdefault(f"accuracy {question.answer_type}", []).append(right)
     return {name: sum(values) / len(values) for name, values in each.items()}
 
 

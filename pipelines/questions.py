@@ -62,8 +62,8 @@ def read_question(found: dict[str, Any] | None) -> Question:
     found = found or {}
     answers = (answer for answer in found.get("answers") or [] if answer and answer["text"])
     given = tuple(Answer(answer["text"], answer["weight"] or 0.0) for answer in answers)
-    told = (found.get(name) or "" for name in ("id", "question"))
-    return Question(*told, given, found.get("answer_type") or "")
+    name, question, answer_type = (found.get(part) or "" for part in ("id", "question", "answer_type"))
+    return Question(name, question, given, answer_type)
 
 
 def is_vqa(schema: pa.Schema) -> bool:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,8 +21,8 @@ from torch.utils.data import Dataset
 from blip.image import Augmentation, ImageError, decode, train_transform
 from blip.tokenizer import Tokenizer, clean_question
 from blip.vqa import MAX_QUESTION, VqaBatch
-from capfilt.parquet import open_parquet
-from capfilt.schema import ShardError, short_reason
+from capfilt.parquet import as_records, open_parquet, read_row_group
+from capfilt.schema import ShardError
 from pipelines.data import Recent, files_in, load
 from pipelines.order import Order, Place, batches
 from pipelines.questions import Answer, Question, is_vqa
@@ -89,7 +88,8 @@ def _row_groups(path: Path) -> list[QuestionGroup]:
                 f"{path}: has no questions, only {', '.join(map(repr, file.schema_arrow.names))}; "
                 "write shards of questions with make vqa-shards"
             )
-        counts = [_count(_read(file, path, i, ["questions"])) for i in range(file.metadata.num_row_groups)]
+        groups = range(file.metadata.num_row_groups)
+        counts = [_count(read_row_group(file, path, i, ["questions"])) for i in groups]
     return [QuestionGroup(path, i, count) for i, count in enumerate(counts) if count]
 
 
@@ -105,11 +105,8 @@ def read_group(group: QuestionGroup) -> list[Asked]:
     Raises ShardError, which names the file, when a page is damaged.
     """
     with open_parquet(group.path) as file:
-        table = _read(file, group.path, group.index, ["image", "questions"])
-    try:
-        return [asked for record in table.to_pylist() for asked in _asked(record)]
-    except UnicodeDecodeError as error:
-        raise ShardError(f"{group.path}: a text is not UTF-8 ({error}); write the file again") from error
+        table = read_row_group(file, group.path, group.index, ["image", "questions"])
+    return [asked for record in as_records(table, group.path) for asked in _asked(record)]
 
 
 def _asked(record: dict[str, Any]) -> Iterator[Asked]:
@@ -119,14 +116,6 @@ def _asked(record: dict[str, Any]) -> Iterator[Asked]:
             usable = [answer for answer in found["answers"] if answer and answer["text"] and answer["weight"]]
             answers = tuple(Answer(answer["text"], answer["weight"]) for answer in usable)
             yield Asked(image, Question(found.get("id") or "", found["question"] or "", answers))
-
-
-def _read(file: pq.ParquetFile, path: Path, index: int, columns: list[str]) -> pa.Table:
-    try:
-        return file.read_row_group(index, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        what = f"row group {index} cannot be read ({short_reason(error)})"
-        raise ShardError(f"{path}: {what}; copy or write the file again") from error
 
 
 @dataclass(frozen=True)
