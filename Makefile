@@ -145,7 +145,7 @@ eval-vqa: $(READY)  ## VQA accuracy of MODEL on shards of questions, answers.jso
 
 eval-zeroshot: $(READY)  ## zero-shot classes, shifts and a linear probe of MODEL on labelled images; tiny, unless CONFIG says
 	$(TRAIN)pipelines.eval_zeroshot $(or $(CONFIG),configs/tiny/eval_zeroshot.yaml) \
-		$(if $(MODEL),'model=$(MODEL)') $(if $(IN),'sets={test: {images: $(IN)}}') $(FOLDER) $(ARGS)
+		$(if $(MODEL),'model=$(MODEL)') $(if $(IN),'sets={test: {images: $(IN)}}' probe.train=null) $(FOLDER) $(ARGS)
 
 eval-filter: $(READY)  ## precision of MODEL as a filter on clean shards
 	$(RUN) pipelines.eval_filter $(or $(CONFIG),configs/tiny/eval_filter.yaml) \

@@ -189,7 +189,10 @@ def _find(source: str | Path, wanted: type[M]) -> tuple[Path, BlipConfig, dict[s
     kind = read_json(path / CONFIG_FILE).get("model") if ours else _kind(tensors, source)
     if kind != wanted.__name__:
         loader = {"Blip": "load_blip", "BlipVQA": "load_vqa"}.get(str(kind), "what wrote it")
-        raise ValueError(f"{source} is a {kind}, not a {wanted.__name__}; load it with {loader}")
+        raise ValueError(
+            f"{source} is a {kind}, not a {wanted.__name__}; give weights of that kind, or in Python load it "
+            f"with {loader}"
+        )
     config = read_config(path, wanted.__name__, BlipConfig) if ours else _config(tensors, settings, source)
     names = _skeleton(wanted, config)
     if not ours:

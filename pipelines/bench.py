@@ -2,6 +2,8 @@
 
 captions, scores   our models and those of transformers, in one process and in turns, with the same random
                    weights; timed only after both wrote the same ids and gave the same P(match)
+retrieval          a test set ranked by ITC and ITM, and the same pairs by transformers' class
+                   (pipelines/bench_retrieval.py); told only if both gave the same scores
 train              a step of pre-training, forward and backward, and a plain loop over transformers' modules
                    (pipelines/bench_train.py); timed only after losses and gradients agreed
 stages             the same of BLIP-2's two stages (pipelines/bench_stages.py)
@@ -42,13 +44,14 @@ from capfilt.filter import Filter
 from capfilt.job import RayConfig, Summary
 from capfilt.shards import batches, done_path, done_splits, open_split, plan_splits, scored_path, stats_path
 from capfilt.worker import CapFiltConfig, CapFiltWorker
+from pipelines.bench_retrieval import BenchRetrievalConfig, measure_retrieval
 from pipelines.bench_sides import Result, draw_weights, in_turns, pictures, race
 from pipelines.bench_stages import BenchStagesConfig, measure_stages
 from pipelines.bench_train import BenchTrainConfig, PlainBlip, measure_steps, training_model
 from pipelines.config import parse_args, run_main
 from pipelines.world import WorldConfig, write_world
 
-Part = Literal["captions", "scores", "train", "stages", "ray", "capfilt"]
+Part = Literal["captions", "scores", "retrieval", "train", "stages", "ray", "capfilt"]
 
 BERT_WORDS = 30522  # so that the output layer has its real size
 PROMPT = "a picture of "
@@ -66,6 +69,7 @@ class BenchRun:
     tokens: int = 20  # of every caption, the prompt's included
     seed: int = 0  # of the random weights, images and texts
     repeats: int = 3
+    retrieval: BenchRetrievalConfig = field(default_factory=BenchRetrievalConfig)
     train: BenchTrainConfig = field(default_factory=BenchTrainConfig)
     stages: BenchStagesConfig = field(default_factory=BenchStagesConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -97,6 +101,8 @@ def measure(run: BenchRun) -> Iterator[Result]:
             yield from measure_captions(run, Path(folder, "captions"))
         if "scores" in run.parts:
             yield measure_scores(run, Path(folder, "scores"))
+        if "retrieval" in run.parts:
+            yield from rank_and_compare(run, Path(folder, "retrieval"))
         if "train" in run.parts:
             yield measure_train(run, Path(folder, "train"))
         if "stages" in run.parts:
@@ -234,6 +240,12 @@ def score_there(judge: Filter, pair: Pair, texts: Sequence[Sequence[str]]) -> Te
     found = pair.theirs(input_ids=ids, pixel_values=images, attention_mask=mask, use_itm_head=True)
     scores: Tensor = found.itm_score.softmax(-1)[:, 1].unflatten(0, (-1, count))
     return scores
+
+
+def rank_and_compare(run: BenchRun, folder: Path) -> Iterator[Result]:
+    """The part retrieval, on a filter."""
+    pair = make_pair(run, folder, BlipForImageTextRetrieval, reads=True, writes=False)
+    yield from measure_retrieval(run.retrieval, pair.ours, pair.theirs, run.seed, run.repeats)
 
 
 def check_scores(ours: Tensor, theirs: Tensor) -> None:

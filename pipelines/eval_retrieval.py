@@ -20,6 +20,7 @@ from blip.tokenizer import clean_caption
 from blip.weights import load_blip
 from capfilt.shards import write_json_atomically
 from pipelines.config import parse_args, run_main, save_config
+from pipelines.log import told
 from pipelines.parallel import Precision, autocast, processes
 from pipelines.results_ranks import ranks_of
 from pipelines.retrieval import Retriever, Texts, rerank, retrieval_metrics, text_features
@@ -83,6 +84,9 @@ def save(run: RetrievalRun, found: dict[str, Any], image_size: int) -> None:
     result = {"task": "retrieval", "protocol": protocol, **found, **provenance(run.model, run.shards)}
     write_json_atomically(Path(run.out) / "metrics.json", result)
     print(f"{found['images']} images, {found['texts']} texts")
+    if run.limit or found["left_out"]:
+        part = f"a part: limit {run.limit}, {found['left_out']} images left out"
+        print(f"{part}; recalls among few are higher than those of the whole set")
     for name in ("itc", "itm"):
         if name in found:
             print(describe(name, found[name]))
@@ -111,7 +115,8 @@ def evaluate_retrieval(
     result["ranks"] = {"itc": ranks_of(found.cosine, found.cosine.T, owners)}
     if protocol.k:
         own = zip(found.numbers, found.tokens, strict=True)
-        ranked = rerank(model, own, found.texts, found.cosine, protocol.k)
+        each = told(own, "images ranked again", len(found.numbers))
+        ranked = rerank(model, each, found.texts, found.cosine, protocol.k)
         result["itm"] = retrieval_metrics(*ranked, owners)
         result["ranks"]["itm"] = ranks_of(*ranked, owners)
     return result

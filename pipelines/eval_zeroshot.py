@@ -10,6 +10,7 @@ numbers as one.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ from pipelines.labelled import (
     read_templates,
 )
 from pipelines.parallel import Precision, autocast, processes
-from pipelines.testset import batches_of_pixels
+from pipelines.testset import batches_of_pixels, some
 from pipelines.turns import batched, own_turns, rows_of_turns
 from pipelines.zeroshot import (
     best_strength,
@@ -100,6 +101,8 @@ def main(argv: list[str]) -> int:
                 "probe.train asks for the class token of a stage 1, which is that of its frozen vision "
                 "encoder: there is nothing of the training in it; leave probe out"
             )
+        if (same := read_alike(model, run, classes)) and rank() == 0:
+            print(f"the model reads {len(same)} classes like another one: {some(same)}", flush=True)
         labels = {name: torch.tensor(found, device=device) for name, found in numbers.items()}
         result = {"zeroshot": zeroshot(model, run, classes, templates, labels)}
         if run.probe.train:
@@ -211,16 +214,29 @@ def judge(
     return {"sets": with_drops(sets), "classes": each}
 
 
+def read_alike(model: Encoder, run: ZeroshotRun, classes: Sequence[Class]) -> list[str]:
+    """Names that the model cannot tell from another's, mostly since its vocabulary lacks their words."""
+    names = [one.name for one in classes]
+    rows = [tuple(row) for row in tokenize(model, run, names)[0].tolist()]
+    counts = Counter(rows)
+    return [name for name, row in zip(names, rows, strict=True) if counts[row] > 1]
+
+
+def tokenize(model: Encoder, run: ZeroshotRun, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """ids and mask [R, T], of texts cleaned up as the model's were in training."""
+    assert model.tokenizer is not None
+    cleaned = texts if isinstance(model, Clip) else [clean_caption(text) for text in texts]
+    return model.tokenizer(cleaned, run.max_length)
+
+
 @torch.no_grad()
 def encode_texts(model: Encoder, run: ZeroshotRun, texts: Sequence[str]) -> Tensor:
     """Unit features [R, E] of R texts."""
-    assert model.tokenizer is not None
     device = next(model.parameters()).device
-    cleaned = texts if isinstance(model, Clip) else [clean_caption(text) for text in texts]
     found = []
     with autocast(device, run.precision):
-        for some in own_turns(batched(cleaned, TEXTS)):
-            ids, mask = model.tokenizer(some, run.max_length)
+        for few in own_turns(batched(texts, TEXTS)):
+            ids, mask = tokenize(model, run, few)
             found.append(model.encode_texts(ids.to(device), mask.to(device)).float())
     return rows_of_turns(found, device)
 

@@ -13,14 +13,17 @@ import resource
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Protocol, Self, TextIO, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from blip.distributed import rank, world_size
+
+T = TypeVar("T")
 Value = float | int | str
 
 # CSI (colours, cursor), OSC (titles, links), and the two-character escapes of a terminal.
@@ -46,6 +49,35 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+
+
+def told(
+    items: Iterable[T],
+    what: str,
+    total: int | None = None,
+    size: Callable[[T], int] = lambda item: 1,
+    seconds_between_lines: float = 10.0,
+) -> Iterator[T]:
+    """The same items, and every ten seconds a line on stderr: how many are done, and what is left.
+
+    `total` of what `size` counts, None where nobody knows. Of several processes the first tells of its own.
+    """
+    if rank() > 0:
+        yield from items
+        return
+    if world_size() > 1:
+        what += " of the first process"
+    begun = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item  # whoever asks for the next one has done this one
+        done += size(item)
+        now = time.monotonic()
+        if now - last >= seconds_between_lines:
+            last = now
+            of, rate = "" if total is None else f" of {total}", done / (now - begun)
+            left = "" if total is None else f", {_clock((total - done) / rate)} left"
+            print(f"{done}{of} {what}, {rate:.2g} a second{left}", file=sys.stderr, flush=True)
 
 
 class Sink(Protocol):
@@ -144,8 +176,13 @@ class RunLog:
         done = step - self._start_step
         if done <= 0:
             return "?"
-        seconds = round((now - self._start) / done * max(0, self.total_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return _clock((now - self._start) / done * max(0, self.total_steps - step))
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 class _Tensorboard:

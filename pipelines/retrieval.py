@@ -61,7 +61,7 @@ def retrieval_metrics(to_text: Tensor, to_image: Tensor, image_of_text: Tensor) 
 def text_features(model: Retriever, texts: Texts, batch: int = 256) -> Tensor:
     """Unit ITC features [T, E]; texts of like length share a batch, so little padding is computed."""
     order = texts.mask.sum(1).argsort()
-    found = [model.encode_texts(*_cut(texts, rows)) for rows in own_turns(order.split(batch))]
+    found = [model.encode_texts(*cut(texts, rows)) for rows in own_turns(order.split(batch))]
     return rows_of_turns(found, texts.ids.device)[order.argsort()]
 
 
@@ -72,14 +72,16 @@ def rerank(
     texts: Texts,
     cosine: Tensor,
     k: int,
-    batch: int = 256,
+    batch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores [I, T] and [T, I] whose best k of each row carry ITM logit + cosine, the others cosine - 1000.
 
     `images` gives (number of the image, its tokens [1, N, D]), each once and in one process; `cosine` [I, T].
     A pair that is among the best of both its image and its text is scored once, and all pairs of an image
-    share its projected keys and values.
+    share its projected keys and values. `batch` pairs are scored at once; None: 256, on a CPU 32, as texts of
+    like length are then padded less.
     """
+    batch = batch or (32 if cosine.device.type == "cpu" else 256)
     k_text, k_image = min(k, cosine.size(1)), min(k, cosine.size(0))
     of_image = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, cosine.topk(k_text, 1).indices, True)
     of_text = torch.zeros_like(of_image).scatter_(0, cosine.topk(k_image, 0).indices, True)  # [I, T]
@@ -91,7 +93,7 @@ def rerank(
         chosen = (of_image | of_text)[number].nonzero()[:, 0]
         chosen = chosen[texts.mask[chosen].sum(1).argsort()]
         for rows in chosen.split(batch):
-            matched[number, rows] = model.match_projected(*_cut(texts, rows), projected)[:, 1].to(cosine)
+            matched[number, rows] = model.match_projected(*cut(texts, rows), projected)[:, 1].to(cosine)
     _share_rows(matched, torch.tensor(own, dtype=torch.long, device=cosine.device))
     late = cosine - 1000
     whole = cosine + matched
@@ -105,7 +107,7 @@ def _share_rows(table: Tensor, own: Tensor) -> None:
         table[rows.gather(own)] = rows.gather(table[own])
 
 
-def _cut(texts: Texts, rows: Tensor) -> tuple[Tensor, Tensor]:
+def cut(texts: Texts, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and mask of some texts, no longer than the longest of them."""
     longest = int(texts.mask[rows].sum(1).max())
     return texts.ids[rows, :longest], texts.mask[rows, :longest]

@@ -26,6 +26,7 @@ from capfilt.shards import input_fingerprint
 from pipelines.annotations import DOMAINS
 from pipelines.data import files_in, is_clean
 from pipelines.image_shards import OBJECTIONS
+from pipelines.log import told
 from pipelines.questions import Question, is_vqa, read_question
 from pipelines.turns import batched, own_turns
 
@@ -171,11 +172,22 @@ def batches_of_pixels(
     device: torch.device,
     transform: Callable[[Any, int], Tensor] = image_transform,
 ) -> Iterator[tuple[list[I], Tensor]]:
-    """(B images, their pixels [B, 3, S, S]) in order; the next batch is decoded while one is in use.
+    """(B images, their pixels [B, 3, S, S]) in order.
 
     Of several processes each gets whole batches in turn, see `pipelines.turns`, and reads the names of all.
-    Errors: ValueError that names an image which cannot be decoded: a test set is whole, or another one.
+    What takes long tells how far it is. Errors: ValueError that names an image which cannot be decoded: a
+    test set is whole, or another one.
     """
+    batches = own_turns(batched(images, batch_size))
+    decoded = _decoded(batches, image_size, transform)
+    on_device = ((chosen, pixels.to(device)) for chosen, pixels in decoded)
+    return told(on_device, "images", size=lambda batch: len(batch[0]))
+
+
+def _decoded(
+    batches: Iterator[list[I]], image_size: int, transform: Callable[[Any, int], Tensor]
+) -> Iterator[tuple[list[I], Tensor]]:
+    """Images and pixels of a batch; the next one is decoded while it is in use."""
 
     def pixels(image: I) -> Tensor:
         try:
@@ -185,14 +197,13 @@ def batches_of_pixels(
                 f"test image {image.key} cannot be decoded ({error}); make its shard again"
             ) from error
 
-    source = own_turns(batched(images, batch_size))
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: tuple[list[I], list[Tensor]] | None = None
         while True:
-            chosen: list[I] = next(source, [])
+            chosen: list[I] = next(batches, [])
             decoded = pool.map(pixels, chosen)
             if waiting:
-                yield waiting[0], torch.stack(waiting[1]).to(device)
+                yield waiting[0], torch.stack(waiting[1])
             if not chosen:
                 return
             waiting = chosen, list(decoded)

@@ -280,5 +280,5 @@ def test_a_captioner_or_a_filter_is_no_start(tmp_path: Path, part: str, lacks: s
 
 def test_what_is_fine_tuned_already_is_loaded_and_not_started(tmp_path: Path) -> None:
     save_model(tiny_vqa(), tmp_path / "vqa")
-    with pytest.raises(ValueError, match="is a BlipVQA, not a Blip; load it with load_vqa"):
+    with pytest.raises(ValueError, match=r"is a BlipVQA, not a Blip; give weights.*load it with load_vqa"):
         start_vqa(tmp_path / "vqa")

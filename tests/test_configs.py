@@ -120,6 +120,7 @@ OBJECTIVES = {
     "captioner": {"lm"},
     "filter": {"itc", "itm"},
     "retrieval": {"itc", "itm"},
+    "shared": EVERY,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.log import RunLog, peak_memory_gib, plain
+from pipelines.log import RunLog, peak_memory_gib, plain, told
 
 
 class Terminal(io.StringIO):
@@ -103,6 +103,30 @@ def test_remaining_time_of_a_resumed_run_counts_its_own_steps(
     with RunLog(tmp_path, total_steps=130, start_step=100, stream=stream) as log:
         log.log(110, {})
     assert stream.getvalue().endswith("| 2:00:00 left\n")
+
+
+@pytest.mark.parametrize(
+    ("total", "lines"),
+    [
+        (6, ["4 of 6 rows, 0.33 a second, 0:00:06 left", "6 of 6 rows, 0.33 a second, 0:00:00 left"]),
+        (None, ["4 rows, 0.33 a second", "6 rows, 0.33 a second"]),
+    ],
+)
+def test_what_takes_long_tells_how_far_it_is(
+    total: int | None, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches of two rows, six seconds each: the second ends after twelve, the third ten seconds later."""
+    clock = iter([0.0, 6.0, 12.0, 22.0])
+    monkeypatch.setattr("pipelines.log.time.monotonic", lambda: next(clock))
+    batches = ["ab", "cd", "ef"]
+    assert list(told(batches, "rows", total, size=len)) == batches
+    expected = lines[:1] + [line.replace("0.33", "0.27") for line in lines[1:]]
+    assert capsys.readouterr() == ("", "".join(f"{line}\n" for line in expected))
+
+
+def test_what_is_soon_done_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(told(range(3), "rows")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:

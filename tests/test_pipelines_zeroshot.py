@@ -217,6 +217,19 @@ def test_a_run_is_what_every_image_and_text_alone_give(folder: Path) -> None:
     assert len(found["weights"]["sha256"]) == len(found["data"]["sets"]["test"]["fingerprint"]) == 64
 
 
+def test_classes_that_read_alike_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To this vocabulary "gnu" and "emu" are unknown words, and " Red   ring!" is a red ring."""
+    labels = (folder / "some.txt").read_text().splitlines()
+    names = ["gnu", "emu", labels[2], f" {labels[2].upper()} !", *labels[4:]]
+    lines = [f"{label}\t{name}" for label, name in zip(labels, names, strict=True)]
+    classes = put(folder / "alike.txt", "\n".join(lines).encode())
+    assert eval_zeroshot.main(config(folder, "alike", classes=str(classes))) == 0
+    told = f"the model reads 4 classes like another one: gnu, emu, {labels[2]}, {labels[2].upper()} !"
+    assert capsys.readouterr().out.splitlines()[0] == told
+    assert eval_zeroshot.main(config(folder, "unlike")) == 0
+    assert "like another" not in capsys.readouterr().out
+
+
 def test_a_set_of_some_classes_is_judged_among_them(folder: Path) -> None:
     sets = {
         "some": {"images": str(folder / "few/test"), "labels": str(folder / "some.txt")},
