@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as kind
 
+from capfilt.parquet_pages import READER, refuse_dictionaries
 from capfilt.schema import (
     IMAGE,
     Chunk,
@@ -34,7 +35,6 @@ MAX_IMAGE_BYTES = 32 << 20
 MAX_TEXT_CHARS = 32_768
 MAX_KEY_CHARS = 1_024
 MAX_CELL_CHARS = 1 << 20  # any other text that is passed through, such as `exif`
-MAX_DICTIONARY_BYTES = 64 << 20  # per row group; writers stop at 1 MiB per column
 MAX_ROWS = 10_000_000  # of a file, by its footer; a thousand times what img2dataset writes
 
 Problems = dict[int, str]  # position in the batch -> why its text cannot be used
@@ -47,8 +47,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     what `refuse_unsafe` refuses.
     """
     try:
-        # Buffered and not prefetched: a column of a row group is never in memory as a whole.
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, arrow_extensions_enabled=False)
+        file = pq.ParquetFile(path, **READER)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: there is no such file") from error
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -114,9 +113,9 @@ def read_row_group(file: pq.ParquetFile, path: Path, index: int, columns: list[s
     """
     metadata = file.metadata.row_group(index)
     try:
-        paths = [metadata.column(i).path_in_schema for i in range(metadata.num_columns)]
+        paths = [file.schema.column(i).path for i in range(len(file.schema))]
         leaves = [name for name in paths if name.partition(".")[0] in columns]
-        _refuse_dictionaries(file, path, index, leaves)
+        refuse_dictionaries(file, path, index, leaves)
         table = file.read_row_group(index, columns=columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         what = f"row group {index} cannot be read ({short_reason(error)})"
@@ -167,7 +166,7 @@ def _chunks(
             if last <= wanted.start or first >= wanted.stop:
                 first = last
                 continue
-            _refuse_dictionaries(file, path, group, leaves)
+            refuse_dictionaries(file, path, group, leaves)
             for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=leaves, use_threads=False):
                 low, high = max(wanted.start - first, 0), min(wanted.stop - first, batch.num_rows)
                 if low < high:
@@ -191,48 +190,6 @@ def _image_leaves(schema: pa.Schema, found: ColumnMap) -> list[str]:
     if not kind.is_struct(image):
         return [found.image]
     return [f"{found.image}.{part.name}" for part in IMAGE if image.get_field_index(part.name) >= 0]
-
-
-def _refuse_dictionaries(file: pq.ParquetFile, path: Path, group: int, leaves: list[str]) -> None:
-    """A dictionary page is unpacked once and then copied into every row that points at it.
-
-    So a file of some kilobytes can fill gigabytes, and the footer does not show it: it counts the pages. The
-    header of the column's first page tells the truth, as it is what the page is unpacked by.
-    """
-    metadata = file.metadata.row_group(group)
-    chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-    total = 0
-    with open(path, "rb") as raw:
-        for chunk in chunks:
-            if chunk.path_in_schema in leaves and chunk.physical_type == "BYTE_ARRAY" and chunk.num_values:
-                start = chunk.data_page_offset
-                if chunk.has_dictionary_page and chunk.dictionary_page_offset > 0:
-                    start = min(start, chunk.dictionary_page_offset)
-                raw.seek(start)
-                total += _dictionary_bytes(raw.read(16))
-    if total > MAX_DICTIONARY_BYTES:
-        raise ShardError(
-            f"{path}: the dictionaries of row group {group} unpack to {total >> 20} MiB, at most "
-            f"{MAX_DICTIONARY_BYTES >> 20} are read; write the file again without dictionary encoding"
-        )
-
-
-def _dictionary_bytes(header: bytes) -> int:
-    """Unpacked size of the page that starts with `header`, 0 if it holds no dictionary.
-
-    A page header is a Thrift compact struct; its fields 1 (page type, 2 = dictionary) and 2 (unpacked size)
-    are each a byte 0x15 and a zigzag varint.
-    """
-    numbers, position = [], 0
-    for _ in range(2):
-        value, shift, position = 0, 0, position + 1
-        while position < len(header):
-            value |= (header[position] & 0x7F) << shift
-            position, shift = position + 1, shift + 7
-            if header[position - 1] < 0x80:
-                break
-        numbers.append(value >> 1)
-    return numbers[1] if numbers[0] == 2 else 0
 
 
 def _chunk(batch: pa.RecordBatch, first: int, found: ColumnMap, schema: pa.Schema, prefix: str) -> Chunk:

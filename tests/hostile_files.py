@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capfilt.parquet_pages import thrift_struct
+
 JPEG = b"\xff\xd8\xff\xe0 not a whole picture, but the readers under test do not decode"
 ROOT = Path(__file__).resolve().parent.parent
 PICKLED = "ray.data.arrow_pickled_object"
@@ -76,6 +78,23 @@ def dictionary_bomb(path: Path, cell: bytes, rows: int, *, struct: bool = False)
     table = pa.table({"image": images, "caption": ["a cat"] * rows})
     large_page = {"dictionary_pagesize_limit": 1 << 30, "store_schema": False, "write_statistics": False}
     pq.write_table(table, path, compression="zstd", **large_page)
+    return path
+
+
+def late_dictionary_bomb(path: Path, cell: bytes) -> Path:
+    """The first page of the images is plain, and the dictionary of one large image comes after it."""
+    images = [cell, *(f"a small image, number {i}".encode() for i in range(3000))]
+    way = {"dictionary_pagesize_limit": len(cell), "data_page_size": 1000, "write_statistics": False}
+    pq.write_table(pa.table({"image": images, "caption": ["a cat"] * 3001}), path, compression="zstd", **way)
+    whole, column = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0)
+    at, pages = column.dictionary_page_offset, []
+    while at < column.dictionary_page_offset + column.total_compressed_size:
+        fields, header_bytes = thrift_struct(whole[at : at + 1024], 0)
+        pages.append((fields[1], whole[at : at + header_bytes + fields[3]]))
+        at += len(pages[-1][1])
+    (kind, dictionary), (_, coded), (_, plain), *_ = pages
+    assert kind == 2
+    path.write_bytes(whole.replace(dictionary + coded + plain, plain + dictionary + coded))
     return path
 
 

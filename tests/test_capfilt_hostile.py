@@ -91,15 +91,17 @@ def test_a_dictionary_bomb_is_not_trained_on(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < 40 << 20
 
 
-@pytest.mark.parametrize("places", [1, 7], ids=["in the last row group", "everywhere"])
-def test_a_column_whose_name_is_no_text_is_an_error_of_the_shard(tmp_path: Path, places: int) -> None:
+def test_a_column_whose_name_is_no_text_is_an_error_of_the_shard(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.parquet", 40, caption_two=["x"] * 40)
-    parts = path.read_bytes().rsplit(b"caption_two", places)
-    assert len(parts) == places + 1  # in the schema and in 6 row groups
+    parts = path.read_bytes().rsplit(b"caption_two", 7)
+    assert len(parts) == 8  # in the schema and in 6 row groups
     path.write_bytes(b"caption\xfftwo".join(parts))
-    assert len(plan_splits(tmp_path, 8)) in (1, 5)
+    assert len(plan_splits(tmp_path, 8)) == 1
     with pytest.raises(ShardError, match=r"a\.parquet: .*(not UTF-8|utf-8)"):
         list(open_split(Split("a", path), Columns()).chunks)
+    path.write_bytes(b"caption\xfftwo".join((b"caption_two".join(parts[:-1]), parts[-1])))
+    rows = [row for chunk in open_split(Split("a", path), Columns()).chunks for row in chunk.rows]
+    assert len(rows) == 40  # a row group may call its columns what it likes: Arrow goes by the schema
 
 
 def test_a_sparse_member_of_no_bytes_is_no_image_of_megabytes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What strangers send as parquet: rows in order, a reason for every bad one, and nothing of theirs is run."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hostile_files import BARE, JPEG, ROOT, dictionary_bomb, extension_parquet, shard
+from hostile import fuzz
+from hostile.mutations import patched_footer
+from hostile_files import (
+    BARE,
+    JPEG,
+    ROOT,
+    dictionary_bomb,
+    extension_parquet,
+    late_dictionary_bomb,
+    shard,
+)
 
-from capfilt import parquet
-from capfilt.schema import Columns, Row
+from capfilt import parquet, parquet_pages
+from capfilt.schema import Columns, Row, ShardError
 from capfilt.shards import Split, open_split, plan_splits
 
 AUTO = Columns()
@@ -142,15 +153,54 @@ print(pa.default_memory_pool().max_memory() >> 20)
 """
 
 
-@pytest.mark.parametrize("struct", [False, True])
-def test_a_dictionary_bomb_is_refused_before_it_unpacks(tmp_path: Path, struct: bool) -> None:
-    path = dictionary_bomb(tmp_path / "bomb.parquet", bytes(80 << 20), 64, struct=struct)
-    assert path.stat().st_size < 10_000  # and 5 GB when every row has its own copy
+def read_apart(path: Path) -> list[str]:
+    """The status of each chunk's first row, the reason if one is raised, and the MiB that Arrow took."""
     run = [sys.executable, "-c", BARE + BOMB, str(path)]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
-    reason, peak = done.stdout.splitlines()
+    return subprocess.run(
+        run, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize("kind", ["flat", "struct", "late"])
+def test_a_dictionary_bomb_is_refused_before_it_unpacks(tmp_path: Path, kind: str) -> None:
+    path, cell = tmp_path / "bomb.parquet", bytes(80 << 20)
+    if kind == "late":
+        late_dictionary_bomb(path, cell)
+    else:
+        dictionary_bomb(path, cell, 64, struct=kind == "struct")
+    assert path.stat().st_size < 100_000  # and 5 GB when every one of 64 rows has its own copy
+    reason, peak = read_apart(path)
     assert "bomb.parquet: the dictionaries of row group 0 unpack to 80 MiB, at most 64" in reason
     assert int(peak) < 40
+
+
+def test_a_footer_at_which_arrow_aborts_is_an_error_of_the_shard(tmp_path: Path) -> None:
+    """Of 40 rows none is null: (0, 40) is the histogram that the footer keeps, and here (0, 40, 0)."""
+    path = shard(tmp_path / "a.parquet", 40, width=range(40))
+    pq.write_table(pq.read_table(path), path)
+    path.write_bytes(patched_footer(path.read_bytes(), b"\x26\0\x50", b"\x36\0\x50\0"))
+    control = f"import pyarrow.parquet as pq; pq.read_metadata({str(path)!r}).row_group(0).column(0)"
+    assert subprocess.run([sys.executable, "-c", control], capture_output=True).returncode == -signal.SIGABRT
+    reason, _ = read_apart(path)
+    assert "a.parquet: cannot be read from row 0 on (Definition level histogram size mismatch" in reason
+
+
+def test_every_way_of_writing_a_file_is_read(tmp_path: Path) -> None:
+    for way, whole in enumerate(fuzz.parquet_files(tmp_path, fuzz.tables())):
+        path = tmp_path / f"{way}.parquet"
+        path.write_bytes(whole)
+        assert len(read(path)) == pq.read_metadata(path).num_rows > 0
+
+
+def test_a_row_group_of_endless_pages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    small = {"data_page_size": 1, "write_batch_size": 1, "use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table({"jpg": [JPEG] * 40, "caption": ["a cat"] * 40}), path, **small)
+    monkeypatch.setattr(parquet_pages, "MAX_PAGES", 90)  # 80, and some seen twice in the slack
+    assert len(read(path)) == 40
+    monkeypatch.setattr(parquet_pages, "MAX_PAGES", 79)
+    with pytest.raises(ShardError, match=r"a\.parquet: row group 0 has more than 79 pages"):
+        read(path)
 
 
 def test_a_small_dictionary_bomb_is_refused_row_by_row(

@@ -80,12 +80,18 @@ def mend_parquet(data: bytes, rng: random.Random) -> bytes:
     return body + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
 
-def huge_footer(data: bytes, number: int, value: int) -> bytes:
-    """A parquet file in whose footer every field of 8 bytes that holds `number` holds `value` instead."""
+def patched_footer(data: bytes, old: bytes, new: bytes) -> bytes:
+    """A parquet file in whose footer `old`, wherever it stands, is `new`."""
     size = int.from_bytes(data[-8:-4], "little")
     body, footer = data[: -8 - size], data[-8 - size : -8]
-    footer = footer.replace(b"\x16" + varint(2 * number), b"\x16" + varint(2 * value))
+    assert old in footer
+    footer = footer.replace(old, new)
     return body + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+def huge_footer(data: bytes, number: int, value: int) -> bytes:
+    """A parquet file in whose footer every field of 8 bytes that holds `number` holds `value` instead."""
+    return patched_footer(data, b"\x16" + varint(2 * number), b"\x16" + varint(2 * value))
 
 
 def mend_tar(data: bytes, rng: random.Random) -> bytes:
