@@ -45,7 +45,7 @@ from capfilt.job import RayConfig, Summary
 from capfilt.shards import batches, done_path, done_splits, open_split, plan_splits, scored_path, stats_path
 from capfilt.worker import CapFiltConfig, CapFiltWorker
 from pipelines.bench_retrieval import BenchRetrievalConfig, measure_retrieval
-from pipelines.bench_sides import Result, draw_weights, in_turns, pictures, race
+from pipelines.bench_sides import Result, check_close, draw_weights, in_turns, pictures, race
 from pipelines.bench_stages import BenchStagesConfig, measure_stages
 from pipelines.bench_train import BenchTrainConfig, PlainBlip, measure_steps, training_model
 from pipelines.config import parse_args, run_main
@@ -220,7 +220,7 @@ def measure_scores(run: BenchRun, folder: Path) -> Result:
     words = torch.randint(30_000, (run.batch, max(TEXT_WORDS)), generator=numbers).tolist()
     texts = [[" ".join(f"w{i}" for i in row[:length]) for length in TEXT_WORDS] for row in words]
     ours, theirs = partial(score, judge, pair, texts), partial(score_there, judge, pair, texts)
-    check_scores(ours(), theirs())
+    check_close("P(match)", ours(), theirs(), CLOSE)
     return race("scores, 2 texts an image", "texts", 2 * run.batch, ours, theirs, run.repeats)
 
 
@@ -246,18 +246,6 @@ def rank_and_compare(run: BenchRun, folder: Path) -> Iterator[Result]:
     """The part retrieval, on a filter."""
     pair = make_pair(run, folder, BlipForImageTextRetrieval, reads=True, writes=False)
     yield from measure_retrieval(run.retrieval, pair.ours, pair.theirs, run.seed, run.repeats)
-
-
-def check_scores(ours: Tensor, theirs: Tensor) -> None:
-    """Raises ValueError where two P(match) differ by more than 1e-4, or where they are all the same."""
-    difference = float((ours - theirs).abs().max())
-    if not difference <= CLOSE:  # so written, NaN is refused too
-        raise ValueError(
-            f"P(match) here and in transformers differ by {difference:.2g}, allowed is {CLOSE:g}, so nothing "
-            "is timed; one side is wrong"
-        )
-    if float(ours.max() - ours.min()) < 100 * CLOSE:
-        raise ValueError("all pairs have the same P(match), which proves little; try another seed")
 
 
 def measure_train(run: BenchRun, folder: Path) -> Result:

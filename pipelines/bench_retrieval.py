@@ -26,7 +26,7 @@ from torch import Tensor
 
 from blip import Blip
 from blip.model import begin
-from pipelines.bench_sides import Result
+from pipelines.bench_sides import Result, check_close
 from pipelines.eval_retrieval import encode
 from pipelines.retrieval import Texts, cut, rerank
 from pipelines.testset import TestImage, batches_of_pixels
@@ -115,11 +115,11 @@ def measure_retrieval(
         seconds, found = clocked(lambda: rank(ours, images, config))
         here.append(seconds)
         sample = draw_sample(found, pixels, ours.config.enc_id, config.pairs, seed + turn)
-        check("cosines", *cosines(theirs, sample, found))
+        check_close("cosines", *cosines(theirs, sample, found), CLOSE)
         expected = found.itm[sample.pairs[:, 0], sample.pairs[:, 1]]
         for name, (way, batch) in ways.items():
             seconds, logits = way(theirs, sample, batch)
-            check(f"ITM logits, {name},", expected, logits)
+            check_close(f"ITM logits, {name},", expected, logits, CLOSE)
             there[name].append(seconds)
     for name, seconds_there in there.items():
         more = {"processor s here": median(here), "processor s there": median(seconds_there)}
@@ -207,18 +207,6 @@ def by_modules(theirs: Any, sample: Sample, batch: int) -> tuple[float, Tensor]:
     scoring, logits = clocked(score)
     images_share, pairs_share = len(images) / len(sample.pixels), len(sample.pairs) / sample.total
     return seeing / images_share + scoring / pairs_share, logits
-
-
-def check(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raises ValueError where two differ by more than 1e-3, or where they are all the same."""
-    difference = float((ours - theirs).abs().max())
-    if not difference <= CLOSE:  # so written, NaN is refused too
-        raise ValueError(
-            f"{what} here and in transformers differ by {difference:.2g}, allowed is {CLOSE:g}, so no time "
-            "is told; one side is wrong"
-        )
-    if float(ours.max() - ours.min()) < 10 * CLOSE:
-        raise ValueError(f"{what} are the same for all pairs, which proves little; try another seed")
 
 
 def clocked(work: Callable[[], V]) -> tuple[float, V]:

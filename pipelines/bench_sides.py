@@ -16,6 +16,8 @@ from blip import Blip
 T = TypeVar("T")
 Work = Callable[[], object]
 
+SPREAD = 0.01  # between the least and the largest of what is compared
+
 
 @dataclass(frozen=True)
 class Result:
@@ -43,6 +45,18 @@ def race(name: str, unit: str, amount: int, ours: Work, theirs: Work, repeats: i
     """Both sides ran before, when their answers were compared, so nothing is warmed up here."""
     sides = {"here": partial(timeit, ours, number=1), "transformers": partial(timeit, theirs, number=1)}
     return Result(name, unit, amount, in_turns(sides, repeats))
+
+
+def check_close(what: str, ours: Tensor, theirs: Tensor, close: float) -> None:
+    """Raises ValueError where two differ by more than `close`, or where they are all the same."""
+    difference = float((ours - theirs).abs().max())
+    if not difference <= close:  # so written, NaN is refused too
+        raise ValueError(
+            f"{what} here and in transformers differ by {difference:.2g}, allowed is {close:g}, so no time "
+            "is told; one side is wrong"
+        )
+    if float(ours.max() - ours.min()) < SPREAD:
+        raise ValueError(f"{what} are the same for all pairs, which proves little; try another seed")
 
 
 def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:

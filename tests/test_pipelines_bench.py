@@ -18,6 +18,7 @@ from capfilt.local import run_local
 from capfilt.worker import CapFiltConfig
 from pipelines import bench
 from pipelines.bench import BenchRun, Pair, Result
+from pipelines.bench_sides import check_close
 from pipelines.config import load_config
 from pipelines.world import WorldConfig, write_world
 
@@ -65,7 +66,9 @@ def test_sampled_captions_have_all_their_tokens(captioners: Pair) -> None:
 
 def test_scores_are_those_of_transformers(filters: Pair) -> None:
     judge = Filter(filters.ours, max_words=30, max_length=35)
-    bench.check_scores(bench.score(judge, filters, TEXTS), bench.score_there(judge, filters, TEXTS))
+    check_close(
+        "P(match)", bench.score(judge, filters, TEXTS), bench.score_there(judge, filters, TEXTS), 1e-4
+    )
 
 
 # ---- what is not equal is refused ----------------------------------------------------------------
@@ -98,7 +101,9 @@ def test_scores_with_cls_are_refused(filters: Pair, monkeypatch: pytest.MonkeyPa
     judge = Filter(filters.ours, max_words=30, max_length=35)
     monkeypatch.setattr(filters.tokenizer, "enc", filters.tokenizer.cls)
     with pytest.raises(ValueError, match="differ by"):
-        bench.check_scores(bench.score(judge, filters, TEXTS), bench.score_there(judge, filters, TEXTS))
+        check_close(
+            "P(match)", bench.score(judge, filters, TEXTS), bench.score_there(judge, filters, TEXTS), 1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -107,12 +112,12 @@ def test_scores_with_cls_are_refused(filters: Pair, monkeypatch: pytest.MonkeyPa
 )
 def test_other_scores_are_refused(theirs: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench.check_scores(torch.tensor([0.1, 0.9]), torch.tensor(theirs))
+        check_close("P(match)", torch.tensor([0.1, 0.9]), torch.tensor(theirs), 1e-4)
 
 
 def test_scores_that_prove_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="proves little"):
-        bench.check_scores(torch.full((4,), 0.5), torch.full((4,), 0.5))
+        check_close("P(match)", torch.full((4,), 0.5), torch.full((4,), 0.5), 1e-4)
 
 
 def test_other_files_are_refused() -> None:
