@@ -77,14 +77,14 @@ def test_logits_are_those_of_transformers(filters: Pair, found: Ranked, sample: 
     _, theirs = WAYS[way](filters.theirs, sample)
     ours = logits(found, sample)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    bench_retrieval.check("logits", ours, theirs)
+    check_close("logits", ours, theirs, bench_retrieval.CLOSE)
 
 
 def test_cosines_are_those_of_transformers(filters: Pair, found: Ranked, sample: Sample) -> None:
     ours, theirs = bench_retrieval.cosines(filters.theirs, sample, found)
     assert ours.shape == (4, 4)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    bench_retrieval.check("cosines", ours, theirs)
+    check_close("cosines", ours, theirs, bench_retrieval.CLOSE)
 
 
 def test_texts_vary_in_length_and_samples_in_pairs(filters: Pair, found: Ranked, pixels: Tensor) -> None:

@@ -3,7 +3,6 @@
 import io
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from blip.image import Augmentation, decode, image_transform
 from blip.model import Batch
 from blip.tokenizer import Tokenizer, write_vocabulary
 from capfilt.schema import CLEAN, Columns
-from pipelines.data import DataConfig, find_groups, image_id, read_group, training_batches
+from pipelines import data
+from pipelines.data import DataConfig, Group, Row, find_groups, image_id, read_group, training_batches
 from pipelines.order import Order
 from pipelines.order import batches as ordered
 from pipelines.world import WorldConfig, write_world
@@ -388,13 +388,12 @@ def test_rows_are_read_once_while_their_window_lasts(
     world: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no more row groups than a window are held."""
-    read: list[int] = []
-    original = pq.ParquetFile.iter_batches
+    read: list[Group] = []
 
-    def counted(self: pq.ParquetFile, *args: Any, **kwargs: Any) -> Iterator[pa.RecordBatch]:
-        read.append(1)
-        return original(self, *args, **kwargs)
+    def counted(group: Group, columns: Columns) -> list[Row]:
+        read.append(group)
+        return read_group(group, columns)
 
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    monkeypatch.setattr(data, "read_group", counted)
     batches(tokenizer, config(world / "noisy", window=5), 11)  # not yet two epochs of 23 rows
     assert len(read) == 5

@@ -19,8 +19,10 @@ from PIL import Image
 
 from blip.model import Batch
 from blip.tokenizer import Tokenizer, write_vocabulary
+from capfilt.schema import Columns
+from pipelines import data as pipelines_data
 from pipelines.config import load_config
-from pipelines.data import DataConfig, image_id, training_batches
+from pipelines.data import DataConfig, Group, Row, image_id, read_group, training_batches
 from pipelines.order import Order, Place, batches, mixed_batches, rows_of_each
 
 SIZE = 16
@@ -277,13 +279,12 @@ def test_a_small_corpus_keeps_its_groups_in_memory(
     write_shard(tmp_path / "small.parquet", range(100, 108), group=8)
     data = config(shards, tmp_path / "small.parquet", weights=(9, 1), batch_size=10, window=1)
     opened: Counter[str] = Counter()
-    original = pq.ParquetFile.iter_batches
 
-    def counted(self: pq.ParquetFile, *args: Any, **kwargs: Any) -> Any:
-        opened["small" if self.metadata.num_rows == 8 else "large"] += 1
-        return original(self, *args, **kwargs)
+    def counted(group: Group, columns: Columns) -> list[Row]:
+        opened["small" if group.path.name == "small.parquet" else "large"] += 1
+        return read_group(group, columns)
 
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    monkeypatch.setattr(pipelines_data, "read_group", counted)
     read(tokenizer, data, 8)
     assert opened["small"] == 1
     assert opened["large"] > 8

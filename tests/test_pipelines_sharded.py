@@ -261,7 +261,8 @@ def test_two_nodes_meet_by_the_line_of_the_makefile(folder: Path, tmp_path: Path
         free.bind(("localhost", 0))
         head = f"HEAD=localhost:{free.getsockname()[1]}"
     settings = f"out={tmp_path}/out data.batch_size=4 train.steps=2 train.shard_frozen=true"
-    make = ["make", "-n", "stage1", f"CONFIG={folder}/stage1/config.yaml", "NPROC=1", "NNODES=2", head]
+    make = ["make", "-n", "--no-print-directory", "stage1", f"CONFIG={folder}/stage1/config.yaml"]
+    make += ["NPROC=1", "NNODES=2", head]
     shown = subprocess.run([*make, f"ARGS={settings}"], cwd=ROOT, capture_output=True, text=True, check=True)
     line = shown.stdout.splitlines()[-1].split()
     assert {"--nnodes=2", "--nproc-per-node=1", "pipelines.train_stage1"} <= set(line)
