@@ -9,7 +9,7 @@ stopped.
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,16 @@ from pipelines.world import WorldConfig, WorldRun, read_truth
 from pipelines.world_questions import ask
 from pipelines.world_text import Scene, judge
 from qformer import Stage2, load_stage2
+from qformer.language import CAPTION
 
 WORLD = Entry("pipelines.world", WorldRun)
 FEATURES = Entry("pipelines.cache_features", FeaturesRun)
 LANGUAGE = Entry("pipelines.train_language", LanguageRun)
 STAGE1 = Entry("pipelines.train_stage1", Stage1Run)
 STAGE2 = Entry("pipelines.train_stage2", Stage2Run)
+
+# BLIP-2 writes eight tokens at least; "a red ring above a blue star" has seven.
+BRIEF = replace(CAPTION, min_length=1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def tell(
         ]
         about = [number for number, _, _ in asked]
         said = model.answer(pixels, [question for _, question, _ in asked], images=about) if asked else []
-        captions = model.caption(pixels, prompt)
+        captions = model.caption(pixels, prompt, BRIEF)
         for number, (image, caption) in enumerate(zip(chosen, captions, strict=True)):
             own = ((row[1], text, row[2]) for row, text in zip(asked, said, strict=True) if row[0] == number)
             yield image.key, Told(caption, tuple(own))

@@ -68,7 +68,7 @@ class LanguageRun:
     t5: T5Shape | None = None  # or
     world: WorldConfig = field(default_factory=WorldConfig)
     scenes: int = 20_000  # of which the texts tell
-    vocabulary: int = 320  # tokens
+    vocabulary: int = 512  # tokens at most; every word is one, as a common word is in OPT and FlanT5
     steps: int = 1500
     batch_size: int = 64
     length: int = 64  # tokens of a causal model's row; more than a soft prompt and a text have
@@ -167,14 +167,17 @@ def opt_batches(
 
 
 def t5_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Unigram pieces with a mark for spaces, and </s> behind every text."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    """Pieces with a mark for spaces, and </s> behind every text.
+
+    FlanT5's are chosen by a unigram model, but of a hundred different words it would leave most in letters.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>", IMAGE_TOKEN]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], special_tokens=[("</s>", special.index("</s>"))]
