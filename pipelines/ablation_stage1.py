@@ -1,9 +1,9 @@
 """What stage 1 is worth (BLIP-2, figure 5): stage 2 with and without it, into an OPT and a FlanT5, by seeds.
 
-For every seed a Q-Former is trained by stage 1, and then four times by stage 2 with the same recipe and so
-the same batches: from that Q-Former and from one as stage 1 began with, for each language model. World,
-language models and what the frozen ViT sees are those of `pipelines.demo_qformer`, made once; what comes out
-is judged on held-out pictures by the world's own truth.
+For every seed a Q-Former is trained by stage 1, and then by stage 2 with the same recipe and so the same
+batches: from that Q-Former and from one as stage 1 began with, for each language model and each number of
+steps, a whole schedule each. World, language models and what the frozen ViT sees are those of
+`pipelines.demo_qformer`, made once; what comes out is judged on held-out pictures by the world's own truth.
 
 OUT holds manifest.json, <seed>/<arm>/, table.json and table.md. Killed and run again, it goes on where it
 stopped.
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,25 @@ from pipelines.train_stage2 import Stage2Run, inspect, training_batches
 from pipelines.world import WorldRun, read_truth
 from qformer import load_stage2
 
-LANGUAGES = {"OPT": "opt", "FlanT5": "flant5"}
-ARMS = {  # in the table -> (folder below a seed, language model)
-    f"{name}, {kind} stage 1": (f"{kind}_{folder}", name)
-    for name, folder in LANGUAGES.items()
-    for kind in ("with", "without")
-}
+LANGUAGES = ("OPT", "FlanT5")
+KINDS = ("with", "without")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One stage 2 of each seed."""
+
+    language: str
+    steps: int
+    kind: str  # with or without stage 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.language}, {self.steps} steps, {self.kind} stage 1"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.kind}_{self.language.lower()}_{self.steps}"
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,21 @@ class Stage1AblationRun:
     out: str
     seeds: tuple[int, ...]  # of the trainings
     recipes: Recipes
+    stage2_steps: tuple[int, ...]  # how long stage 2 is; its warmup is a tenth
     pictures: int = 500  # of the test set, that are told of
 
     def __post_init__(self) -> None:
         if not 2 <= len(set(self.seeds)) == len(self.seeds) <= max(STUDENT):
             raise ValueError(f"seeds is {list(self.seeds)}; give 2 to {max(STUDENT)} different ones")
+        if not self.stage2_steps or min(self.stage2_steps) < 10:
+            raise ValueError(f"stage2_steps is {list(self.stage2_steps)}; give numbers from 10 on")
+
+    def arms(self) -> list[Arm]:
+        return [Arm(*each) for each in product(LANGUAGES, self.stage2_steps, KINDS)]
+
+    def stage2(self, arm: Arm) -> str:
+        """Its recipe."""
+        return self.recipes.stage2_opt if arm.language == "OPT" else self.recipes.stage2_flant5
 
 
 def main(argv: list[str]) -> int:
@@ -59,16 +83,13 @@ def main(argv: list[str]) -> int:
         save_config(run, out)
         for step in steps:
             run_step(out, step)
-    found = {
-        arm: [read_arm(run, out / str(seed) / folder, language) for seed in run.seeds]
-        for arm, (folder, language) in ARMS.items()
-    }
+    found = {arm.name: [read_arm(run, seed, arm) for seed in run.seeds] for arm in run.arms()}
     write_table(out, run.seeds, found)
     return 0
 
 
 def plan_seed(run: Stage1AblationRun, seed: int) -> Iterator[Step]:
-    """Stage 1, and stage 2 four times."""
+    """Stage 1, and stage 2 of all arms."""
     folder, common = f"{run.out}/{seed}", (f"train.seed={seed}", *pictures(run.out))
     words = f"init.tokenizer={run.out}/world/vocabulary"
     first = (f"out={folder}/stage1", *common, words)
@@ -78,16 +99,17 @@ def plan_seed(run: Stage1AblationRun, seed: int) -> Iterator[Step]:
         "with": (f"stage1.weights={folder}/stage1/model",),
         "without": ("stage1=null", *(f"{key}={json.dumps(new[key])}" for key in ("model", "init"))),
     }
-    for config, language in ((run.recipes.stage2_opt, "opt"), (run.recipes.stage2_flant5, "flant5")):
-        for kind, start in starts.items():
-            name = f"{kind}_{language}"
-            overrides = (f"out={folder}/{name}", f"language={run.out}/language_{language}", *start, *common)
-            yield Step(f"{seed}/{name}", STAGE2, config, overrides)
+    for arm in run.arms():
+        length = (f"train.steps={arm.steps}", f"optim.warmup_steps={arm.steps // 10}")
+        language = f"language={run.out}/language_{arm.language.lower()}"
+        overrides = (f"out={folder}/{arm.folder}", language, *length, *starts[arm.kind], *common)
+        yield Step(f"{seed}/{arm.folder}", STAGE2, run.stage2(arm), overrides)
 
 
-def read_arm(run: Stage1AblationRun, folder: Path, language: str) -> dict[str, float]:
-    """Shares of captions and answers that are right, and the grounding gap in nats a token, on held-out
-    pictures. Found once, then read."""
+def read_arm(run: Stage1AblationRun, seed: int, arm: Arm) -> dict[str, float]:
+    """What `share_right` tells and the grounding gap in nats a token, on held-out pictures. Found once, then
+    read."""
+    folder = Path(run.out) / str(seed) / arm.folder
     path = folder / "told.json"
     if path.exists():
         known: dict[str, float] = json.loads(path.read_text())
@@ -95,14 +117,15 @@ def read_arm(run: Stage1AblationRun, folder: Path, language: str) -> dict[str, f
     world = load_config(WorldRun, run.recipes.world).world
     scenes = {key: scene for key, (_, scene) in read_truth(f"{run.out}/world/test_truth.parquet").items()}
     images = list(read_testset([f"{run.out}/world/test"], run.pictures))
-    config = run.recipes.stage2_opt if language == "OPT" else run.recipes.stage2_flant5
-    data = load_config(Stage2Run, config, (f"data.shards=[{run.out}/world/test]", "data.batch_size=100")).data
+    data = load_config(
+        Stage2Run, run.stage2(arm), (f"data.shards=[{run.out}/world/test]", "data.batch_size=100")
+    ).data
     model = load_stage2(folder / "model", dtype=torch.float32)
-    captions, answers = share_right(dict(tell(model, images, scenes, world, data.prompt)), scenes)
+    told = dict(tell(model, images, scenes, world, data.prompt))
     size = model.config.vision.image_size
     batches, _ = training_batches(data, model.language.tokenizer, size, seed=0)
     gaps = [inspect(model, next(batches))["grounding_gap"] for _ in range(3)]
-    found = {"captions right": captions, "answers right": answers, "gap": float(np.mean(gaps))}
+    found = {**share_right(told, scenes), "gap": float(np.mean(gaps))}
     write_json_atomically(path, found)
     return found
 

@@ -24,7 +24,7 @@ from pipelines.train_stage1 import Stage1Run
 from pipelines.train_stage2 import Stage2Run
 from pipelines.world import WorldConfig, WorldRun, read_truth
 from pipelines.world_questions import ask
-from pipelines.world_text import Scene, judge
+from pipelines.world_text import Scene, judge, names_things
 from qformer import Stage2, load_stage2
 from qformer.language import CAPTION
 
@@ -139,18 +139,22 @@ def tell(
 
 def table(told: Mapping[str, Mapping[str, Told]], scenes: Mapping[str, Scene]) -> str:
     """Shares that are right, a line for each language model."""
-    lines = [f"{'':<10}{'captions right':>16}{'answers right':>16}"]
-    for name, of in told.items():
-        captions, answers = share_right(of, scenes)
-        lines.append(f"{name:<10}{captions:>16.1%}{answers:>16.1%}")
+    found = {name: share_right(of, scenes) for name, of in told.items()}
+    lines = [f"{'':<10}" + "".join(f"{what:>16}" for what in next(iter(found.values())))]
+    for name, shares in found.items():
+        lines.append(f"{name:<10}" + "".join(f"{share:>16.1%}" for share in shares.values()))
     return "\n".join(lines)
 
 
-def share_right(told: Mapping[str, Told], scenes: Mapping[str, Scene]) -> tuple[float, float]:
-    """Of the captions, and of the answers."""
-    captions = [judge(one.caption, scenes[key]).true for key, one in told.items()]
-    answers = [said in right for one in told.values() for _, said, right in one.answers]
-    return float(np.mean(captions)), float(np.mean(answers))
+def share_right(told: Mapping[str, Told], scenes: Mapping[str, Scene]) -> dict[str, float]:
+    """Of the captions, those with the right things, wherever they are said to lie, and those right in all;
+    and of the answers."""
+    right = {
+        "things right": [names_things(one.caption, scenes[key]) for key, one in told.items()],
+        "captions right": [judge(one.caption, scenes[key]).true for key, one in told.items()],
+        "answers right": [said in right for one in told.values() for _, said, right in one.answers],
+    }
+    return {what: float(np.mean(each)) for what, each in right.items()}
 
 
 def examples(

@@ -184,6 +184,15 @@ def _fits(mention: Mention, thing: SceneObject) -> bool:
     )
 
 
+def _bindings(sentence: Sentence, scene: Scene) -> list[tuple[SceneObject, ...]]:
+    """What the mentions can stand for, each for an object of its own: every assignment that fits."""
+    return [
+        chosen
+        for chosen in permutations(scene.objects, len(sentence.mentions))
+        if all(_fits(mention, thing) for mention, thing in zip(sentence.mentions, chosen, strict=True))
+    ]
+
+
 def _first_error(sentence: Sentence, scene: Scene) -> str:
     """What the sentence says that is not so; "" when all of it is."""
     for mention in sentence.mentions:
@@ -198,12 +207,7 @@ def _first_error(sentence: Sentence, scene: Scene) -> str:
     for word, count in NUMBERS.items():
         if word in said and not count == len(sentence.mentions) == len(scene.objects):
             return f"there are not {word} shapes, or not {word} are named"
-    # Each mention needs an object of its own: try every assignment.
-    bindings = [
-        chosen
-        for chosen in permutations(scene.objects, len(sentence.mentions))
-        if all(_fits(mention, thing) for mention, thing in zip(sentence.mentions, chosen, strict=True))
-    ]
+    bindings = _bindings(sentence, scene)
     if not bindings:
         return "one object is named more than once"
     direction = direction_of(sentence.links[0]) if len(sentence.links) == 1 else None
@@ -219,3 +223,9 @@ def judge(text: str, scene: Scene) -> Verdict:
         return Verdict(parsed=False, true=False, objects_named=0, reason="not a sentence about shapes")
     reason = _first_error(sentence, scene)
     return Verdict(parsed=True, true=reason == "", objects_named=len(sentence.mentions), reason=reason)
+
+
+def names_things(text: str, scene: Scene) -> bool:
+    """Whether the things that `text` names are there, wherever it says they lie."""
+    sentence = parse(text)
+    return sentence is not None and bool(_bindings(sentence, scene))

@@ -15,7 +15,16 @@ from pipelines.config import load_config
 from pipelines.demo_qformer import BRIEF, DemoRun, Told, examples, plan, table, tell
 from pipelines.steps import check_steps
 from pipelines.testset import TestImage
-from pipelines.train_language import LanguageRun, OPTShape, lines_of, opt_tokenizer, t5_tokenizer, world_pages
+from pipelines.train_language import (
+    LanguageRun,
+    OPTShape,
+    T5Shape,
+    lines_of,
+    new_t5,
+    opt_tokenizer,
+    t5_tokenizer,
+    world_pages,
+)
 from pipelines.world import WorldConfig, make_row, make_scene
 from pipelines.world_text import judge
 from qformer import Stage2
@@ -78,11 +87,33 @@ def test_a_tiny_language_model_learns_and_can_be_frozen(
     assert language.tokenizer.decode(found.labels)[0] == text
 
 
+def test_a_new_t5_has_heads_that_look_at_neighbours() -> None:
+    # Without them the tiny FlanT5 never learned which colour belongs to which shape.
+    vocabulary = LanguageRun(out="", t5=T5Shape()).vocabulary
+    tokenizer = t5_tokenizer(["a red ring above a blue star"], vocabulary)
+    lm = new_t5(T5Shape(), tokenizer).eval()
+    lm.set_attn_implementation("eager")  # which tells what is attended to
+    ids = torch.randint(0, len(tokenizer), (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = lm(input_ids=ids, decoder_input_ids=ids, output_attentions=True)
+    assert len(seen.encoder_attentions) == len(seen.decoder_attentions) == 2
+    for block in range(2):
+        of_encoder, of_decoder = (
+            seen.encoder_attentions[block],
+            seen.decoder_attentions[block],
+        )  # [B, H, T, S]
+        for attention, head, place in ((of_encoder, 0, -1), (of_encoder, 1, 1), (of_decoder, 0, -1)):
+            assert attention[:, head].diagonal(place, 1, 2).min() > 0.9
+        assert of_encoder[:, 2:].max() < 0.9  # the others are free
+
+
 def test_one_shape_of_a_language_model_is_given(tmp_path: Path) -> None:
     for shapes in ("", "opt: {}\nt5: {}\n"):
         (tmp_path / "both.yaml").write_text(f"out: {tmp_path}/lm\n{shapes}")
         with pytest.raises(ValueError, match="give either opt or t5"):
             train_language.main([str(tmp_path / "both.yaml")])
+    with pytest.raises(ValueError, match="num_heads is 1; a tiny FlanT5 needs two"):
+        T5Shape(num_heads=1)
 
 
 def test_the_demo_s_steps_fit_together() -> None:
@@ -137,8 +168,8 @@ def test_the_table_and_the_examples_tell_right_from_wrong() -> None:
     scenes = {row.key: row.scene}
     told = {"OPT": {row.key: good}, "FlanT5": {row.key: bad}}
     lines = table(told, scenes).splitlines()
-    assert lines[1].split() == ["OPT", "100.0%", "100.0%"]
-    assert lines[2].split() == ["FlanT5", "0.0%", "0.0%"]
+    assert lines[1].split() == ["OPT", "100.0%", "100.0%", "100.0%"]
+    assert lines[2].split() == ["FlanT5", "0.0%", "0.0%", "0.0%"]
     shown = examples(1, told, [TestImage(row.key, row.jpeg, row.texts)], scenes)
     assert f"{row.texts[0]}   (right)" in shown and "img 1 jpg   (not a sentence about shapes)" in shown
     assert f"what colour? {first.colour} (right)" in shown and "what colour? none (wrong)" in shown

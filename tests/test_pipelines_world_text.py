@@ -8,7 +8,7 @@ import pytest
 from pipelines import world_captions, world_text
 from pipelines.world import KINDS, WorldConfig, make_scene, web_caption
 from pipelines.world_captions import VOCABULARY
-from pipelines.world_text import COLOURS, SHAPES, Scene, SceneObject, judge
+from pipelines.world_text import COLOURS, SHAPES, Scene, SceneObject, judge, names_things
 
 # Few names for many objects: the hardest for the judge.
 CROWDED = WorldConfig(objects_max=4, colours=3, shapes=3)
@@ -115,6 +115,21 @@ def test_judge_counts_the_objects_named() -> None:
     assert [judge(text, TRIO).true for text in named] == [False, True, True, True]
     assert not judge("two shapes, a red circle and a green star", TRIO).true  # there are three
     assert judge("three shapes, a red circle, a green star and a blue square", TRIO).true
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("a red circle left of a blue square", True),
+        ("a red circle right of a blue square", True),  # false, but of the right things
+        ("a blue circle left of a red square", False),
+        ("a red circle and a red circle", False),
+        ("a circle and a blue square", False),
+        ("a red circle a blue square", False),
+    ],
+)
+def test_things_are_named_rightly_wherever_they_are_said_to_lie(text: str, right: bool) -> None:
+    assert names_things(text, PAIR) == right
 
 
 def test_judge_binds_each_mention_to_an_object_of_its_own() -> None:
