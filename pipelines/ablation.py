@@ -248,7 +248,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Markdown, a line an arm, times 100."""
     names = list(next(iter(found.values()))[0])
-    lines = [f"| arm | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = [f"| arm, times 100 | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for arm, seeds in found.items():
         cells = [interval([100 * seed[name] for seed in seeds]) for name in names]
         lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f} +- {half:.1f}" for mean, half in cells) + " |")
