@@ -63,8 +63,9 @@ class Stage1AblationRun:
     def __post_init__(self) -> None:
         if not 2 <= len(set(self.seeds)) == len(self.seeds) <= max(STUDENT):
             raise ValueError(f"seeds is {list(self.seeds)}; give 2 to {max(STUDENT)} different ones")
-        if not self.stage2_steps or min(self.stage2_steps) < 10:
-            raise ValueError(f"stage2_steps is {list(self.stage2_steps)}; give numbers from 10 on")
+        steps = self.stage2_steps
+        if not steps or min(steps) < 10 or len(set(steps)) < len(steps):
+            raise ValueError(f"stage2_steps is {list(steps)}; give different numbers from 10 on")
 
     def arms(self) -> list[Arm]:
         return [Arm(*each) for each in product(LANGUAGES, self.stage2_steps, KINDS)]

@@ -72,7 +72,7 @@ def test_two_seeds_are_the_least(seeds: str) -> None:
         load_config(Stage1AblationRun, CONFIG, [f"seeds={seeds}"])
 
 
-@pytest.mark.parametrize("steps", ["[]", "[100, 9]"])
-def test_stage_2_has_some_steps(steps: str) -> None:
-    with pytest.raises(ValueError, match="give numbers from 10 on"):
+@pytest.mark.parametrize("steps", ["[]", "[100, 9]", "[100, 100]"])
+def test_lengths_of_stage_2_are_some_and_differ(steps: str) -> None:
+    with pytest.raises(ValueError, match="give different numbers from 10 on"):
         load_config(Stage1AblationRun, CONFIG, [f"stage2_steps={steps}"])
